@@ -1,0 +1,101 @@
+"""Op schemas, loading of the compiled parts, and which backend serves which op.
+
+Every op has one schema here. The dispatcher then knows the default overload (`torch.ops.rmm_kernels.gram`) and one
+overload per backend (`torch.ops.rmm_kernels.gram.cpu`, `.reference`). The reference serves the default overload wherever
+no kernel of a device does: it is registered as CompositeExplicitAutograd, and a kernel registered for a device's own
+dispatch key (the compiled part does that when it is loaded) goes before it. So nothing is ever registered twice.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+NAMESPACE = "rmm_kernels"
+
+_FACTORS = "Tensor basis_a, Tensor coeff_a, Tensor basis_b, Tensor coeff_b, Tensor task_ids, Tensor scaling"
+
+SCHEMAS = {
+    "gram": "(Tensor x, bool center=False) -> Tensor",
+    "truncated_svd": "(Tensor x, int rank) -> (Tensor, Tensor, Tensor)",
+    "project": "(Tensor x, Tensor basis) -> Tensor",
+    "compress": "(Tensor x, int components) -> (Tensor, Tensor, Tensor)",
+    "reconstruct": "(Tensor basis, Tensor coeff, Tensor task_ids) -> Tensor",
+    "lora_shrink": "(Tensor x, Tensor basis_a, Tensor coeff_a, Tensor task_ids) -> Tensor",
+    "lora_expand_": "(Tensor(a!) y, Tensor u, Tensor basis_b, Tensor coeff_b, Tensor task_ids, Tensor scaling) -> ()",
+    "lora_forward_": f"(Tensor(a!) y, Tensor x, {_FACTORS}) -> ()",
+    "lora_forward": f"(Tensor y, Tensor x, {_FACTORS}) -> Tensor",
+}
+
+# Every backend a kernel may be written for: its dispatch key, best first for the devices it serves.
+BACKENDS = {"cpu": "CPU", "reference": "CompositeExplicitAutograd"}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    for _suffix in ("", *(f".{backend}" for backend in BACKENDS)):
+        _library.define(f"{_name}{_suffix}{_schema}")
+
+
+def _load_compiled(name: str) -> ModuleType | None:
+    """The compiled module `name`, or None where it was not built. One that is there and does not load raises."""
+    if importlib.util.find_spec(f"{__package__}.{name}") is None:
+        return None
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+_C: Any = _load_compiled("_C")
+
+
+def register(
+    name: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    """Give op `name` its reference, its fake and, where it has one, its gradient, on every overload."""
+    for overload in ("", ".reference"):
+        _library.impl(f"{name}{overload}", reference, BACKENDS["reference"])
+    for overload in ("", *(f".{backend}" for backend in BACKENDS)):
+        qualified = f"{NAMESPACE}::{name}{overload}"
+        torch.library.register_fake(qualified, fake, lib=_library)
+        if backward is not None:
+            torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+
+
+def has_kernel(name: str, backend: str) -> bool:
+    """Whether `backend` has an implementation of op `name` in this process."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}.{backend}", BACKENDS[backend])
+
+
+def backends() -> dict[str, dict[str, Any]]:
+    """Which backend serves each op, and why the others do not.
+
+    Returns `{op: {"cpu": winner, "cuda": winner, "available": [...], "absent": {backend: reason}}}`, where a winner is the
+    backend the default overload runs for tensors on that device.
+    """
+    not_built = "the compiled module rmm_kernels._C was not built; reinstall with a C++17 compiler"
+    report: dict[str, dict[str, Any]] = {}
+    for name in SCHEMAS:
+        available = [backend for backend in BACKENDS if has_kernel(name, backend)]
+        absent = {"cuda": "not part of this release", "triton": "not part of this release"}
+        if "cpu" not in available:
+            absent["cpu"] = not_built if _C is None else "has no kernel for this op"
+        report[name] = {
+            "cpu": "cpu" if "cpu" in available else "reference",
+            "cuda": "reference",
+            "available": available,
+            "absent": absent,
+        }
+    return report
+
+
+def build_info() -> dict[str, Any]:
+    """How the compiled part was built and which instruction set its kernels use here; empty where it was not built."""
+    return {} if _C is None else dict(_C.build_info())

@@ -1,0 +1,187 @@
+"""Every op in plain torch, for any float dtype: what the kernels are tested against, and what runs where none exists.
+
+fp16 and bf16 are computed in fp32; fp32 and fp64 in their own precision. Arguments are as in `rmm_kernels.ops`, which
+documents them and has checked them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def deficiency(dtype: torch.dtype) -> float:
+    """Singular values at or below this fraction of the largest count as zero."""
+    return 1e-14 if dtype == torch.float64 else 1e-6
+
+
+def _power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
+    """x · 2^exponent, exactly, in two steps so that 2^exponent itself need not be representable."""
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    one = torch.ones_like(half, dtype=x.dtype)
+    return x * torch.ldexp(one, half) * torch.ldexp(one, exponent - half)
+
+
+def _normalise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale each matrix of x [B, m, k] by a power of two to max |x| in [0.5, 1): (scaled, exponent, finite), both [B, 1, 1].
+
+    A matrix with NaN or Inf is replaced by zeros and flagged.
+    """
+    finite = x.isfinite().flatten(1).all(1).reshape(-1, 1, 1)
+    x = torch.where(finite, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    largest = x.abs().flatten(1).amax(1) if x[0:1].numel() else x.new_zeros(x.shape[0])
+    exponent = torch.frexp(largest).exponent.reshape(-1, 1, 1)
+    return _power_of_two(x, -exponent), exponent, finite
+
+
+def _positive_peak(u: Tensor) -> Tensor:
+    """±1 per column of u [B, m, k]: the sign of its largest |component|, the lowest index on ties."""
+    if u.shape[-2] == 0 or u.shape[-1] == 0:
+        return u.new_ones(u.shape[0], 1, u.shape[-1])
+    peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
+    return torch.where(peak < 0, -1.0, 1.0).to(u.dtype)
+
+
+def gram(x: Tensor, center: bool = False) -> Tensor:
+    work = x.to(accumulator(x.dtype))
+    if center and x.shape[-1]:
+        work = work - work.mean(-1, keepdim=True)
+    return work.mT @ work
+
+
+def truncated_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    work, exponent, finite = _normalise(x.to(accumulator(x.dtype)))
+    u, s, vh = torch.linalg.svd(work, full_matrices=False)
+    u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
+    sign = _positive_peak(u)
+    nan = torch.full((), torch.nan, dtype=work.dtype, device=x.device)
+    u = torch.where(finite, u * sign, nan)
+    vh = torch.where(finite, vh * sign.mT, nan)
+    s = torch.where(finite[:, 0], _power_of_two(s, exponent[:, 0]), nan)
+    return u.to(x.dtype).contiguous(), s.contiguous(), vh.to(x.dtype).contiguous()
+
+
+def project(x: Tensor, basis: Tensor) -> Tensor:
+    work = accumulator(x.dtype)
+    centred = x.to(work) - basis[0].to(work)  # [n, S, r]
+    return torch.einsum("nsr,psr->nps", centred, basis[1:].to(work)).to(x.dtype).contiguous()
+
+
+def like_layout(x: Tensor, count: int) -> Tensor:
+    """An empty [count, S, r] in the memory layout of x [n, S, r]: positions innermost where they are in x."""
+    _, positions, rank = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(count, rank, positions).mT
+    return x.new_empty(count, positions, rank)
+
+
+def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
+    n, positions, r = x.shape
+    k = max(min(r, n - 1), 0)
+    work = accumulator(x.dtype)
+    scaled, exponent, finite = _normalise(x.permute(1, 2, 0).to(work))  # [S, r, n]
+    mean = scaled.mean(-1, keepdim=True)
+    centred = scaled - mean
+    residual = centred.mean(-1, keepdim=True)  # a large offset leaves a rounding error here
+    mean, centred = mean + residual, centred - residual
+
+    u, s, _ = torch.linalg.svd(centred, full_matrices=True)
+    u, s = u[..., :components], s[..., :k]
+    u = u * _positive_peak(u)
+    kept = torch.zeros(positions, components, 1, dtype=torch.bool, device=x.device)
+    if k:
+        kept[:, : min(k, components), 0] = s[:, :components] > deficiency(work) * s[:, :1]
+    coeff = torch.where(kept, u.mT @ centred, torch.zeros((), dtype=work, device=x.device))  # [S, p, n]
+
+    nan = torch.full((), torch.nan, dtype=work, device=x.device)
+    basis = like_layout(x, components + 1)
+    basis[0] = torch.where(finite, _power_of_two(mean, exponent), nan)[..., 0].to(x.dtype)
+    basis[1:] = torch.where(finite, u, nan).permute(2, 0, 1).to(x.dtype)
+    coeff = torch.where(finite, _power_of_two(coeff, exponent), nan).permute(2, 1, 0).to(x.dtype)
+    energy = torch.where(finite[:, 0], _power_of_two(s, exponent[:, 0]).square(), nan)
+    return basis, coeff.contiguous(), energy.contiguous()
+
+
+def check_ids(task_ids: Tensor, n: int, lowest: int) -> None:
+    """Refuse ids outside lowest … n−1. On a GPU that would need a host sync: there such an id does nothing."""
+    if task_ids.device.type == "cpu" and task_ids.numel():
+        low, high = int(task_ids.min()), int(task_ids.max())
+        if low < lowest or high >= n:
+            bad = low if low < lowest else high
+            raise RuntimeError(f"task_ids holds {bad}; allowed are {lowest} to {n - 1}")
+
+
+def reconstruct(basis: Tensor, coeff: Tensor, task_ids: Tensor) -> Tensor:
+    check_ids(task_ids, coeff.shape[0], 0)
+    work = accumulator(basis.dtype)
+    chosen = coeff[task_ids.long()].to(work)  # [a, p, S]
+    out = like_layout(basis, len(task_ids))
+    out.copy_(basis[0].to(work) + torch.einsum("aps,psr->asr", chosen, basis[1:].to(work)))
+    return out
+
+
+def _rows(task_ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """(which rows have a task [T], an id that may be used as an index for every row [T])."""
+    check_ids(task_ids, n, -1)
+    active = (task_ids >= 0) & (task_ids < n)
+    return active, torch.where(active, task_ids, torch.zeros_like(task_ids)).long()
+
+
+def lora_shrink(x: Tensor, basis_a: Tensor, coeff_a: Tensor, task_ids: Tensor) -> Tensor:
+    work = accumulator(x.dtype)
+    if coeff_a.shape[0] == 0:
+        check_ids(task_ids, 0, -1)
+        return x.new_zeros(x.shape[0], basis_a.shape[1], dtype=work)
+    active, ids = _rows(task_ids, coeff_a.shape[0])
+    wide = x.to(work)
+    u = wide @ basis_a[0].to(work).mT
+    for k in range(coeff_a.shape[1]):
+        u = u + (coeff_a[ids, k].to(work) * wide) @ basis_a[k + 1].to(work).mT
+    return torch.where(active[:, None], u, torch.zeros((), dtype=work, device=x.device)).contiguous()
+
+
+def lora_expand_(y: Tensor, u: Tensor, basis_b: Tensor, coeff_b: Tensor, task_ids: Tensor, scaling: Tensor) -> None:
+    work = accumulator(y.dtype)
+    if coeff_b.shape[0] == 0:
+        check_ids(task_ids, 0, -1)
+        return
+    active, ids = _rows(task_ids, coeff_b.shape[0])
+    delta = u @ basis_b[0].to(work).mT
+    for k in range(coeff_b.shape[1]):
+        delta = delta + coeff_b[ids, k].to(work) * (u @ basis_b[k + 1].to(work).mT)
+    updated = (y.to(work) + scaling[ids, None] * delta).to(y.dtype)
+    y.copy_(torch.where(active[:, None], updated, y))
+
+
+def lora_forward_(
+    y: Tensor,
+    x: Tensor,
+    basis_a: Tensor,
+    coeff_a: Tensor,
+    basis_b: Tensor,
+    coeff_b: Tensor,
+    task_ids: Tensor,
+    scaling: Tensor,
+) -> None:
+    u = lora_shrink(x, basis_a, coeff_a, task_ids)
+    lora_expand_(y, u, basis_b, coeff_b, task_ids, scaling)
+
+
+def lora_forward(
+    y: Tensor,
+    x: Tensor,
+    basis_a: Tensor,
+    coeff_a: Tensor,
+    basis_b: Tensor,
+    coeff_b: Tensor,
+    task_ids: Tensor,
+    scaling: Tensor,
+) -> Tensor:
+    out = y.clone(memory_format=torch.contiguous_format)
+    lora_forward_(out, x, basis_a, coeff_a, basis_b, coeff_b, task_ids, scaling)
+    return out
