@@ -1,7 +1,8 @@
 """Every op in plain torch, for any float dtype: what the kernels are tested against, and what runs where none exists.
 
-fp16 and bf16 are computed in fp32; fp32 and fp64 in their own precision. Arguments are as in `rmm_kernels.ops`, which
-documents them and has checked them.
+Sums are kept in fp32, in fp64 for fp64; decompositions are done in fp64 for every dtype, since LAPACK's fp32 ones miss the
+bounds they are held to. Results repeat from run to run, but LAPACK's and BLAS's bits depend on the number of threads.
+Arguments are as in `rmm_kernels.ops`, which documents them and has checked them.
 """
 
 from __future__ import annotations
@@ -28,42 +29,58 @@ def _power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
 
 
 def _normalise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale each matrix of x [B, m, k] by a power of two to max |x| in [0.5, 1): (scaled, exponent, finite), both [B, 1, 1].
+    """Scale each matrix of x [B, m, k] by a power of two to max |x| in [0.5, 1): (scaled, exponent, finite), in fp64.
 
-    A matrix with NaN or Inf is replaced by zeros and flagged.
+    exponent and finite are [B, 1, 1]. A matrix with NaN or Inf is replaced by zeros and flagged.
     """
     finite = x.isfinite().flatten(1).all(1).reshape(-1, 1, 1)
-    x = torch.where(finite, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    x = torch.where(finite, x, torch.zeros((), dtype=x.dtype, device=x.device)).double().contiguous()
     largest = x.abs().flatten(1).amax(1) if x[0:1].numel() else x.new_zeros(x.shape[0])
     exponent = torch.frexp(largest).exponent.reshape(-1, 1, 1)
     return _power_of_two(x, -exponent), exponent, finite
 
 
 def _positive_peak(u: Tensor) -> Tensor:
-    """±1 per column of u [B, m, k]: the sign of its largest |component|, the lowest index on ties."""
+    """±1 in fp64 per column of u [B, m, k]: the sign of its largest |component|, the lowest index on ties.
+
+    Rounding makes ties: give u as it is returned.
+    """
     if u.shape[-2] == 0 or u.shape[-1] == 0:
-        return u.new_ones(u.shape[0], 1, u.shape[-1])
-    peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
-    return torch.where(peak < 0, -1.0, 1.0).to(u.dtype)
+        return u.new_ones(u.shape[0], 1, u.shape[-1], dtype=torch.float64)
+    largest = u.abs().amax(-2, keepdim=True)
+    first = (u.abs() == largest).int().argmax(-2, keepdim=True)
+    return torch.where(u.gather(-2, first) < 0, -1.0, 1.0).double()
+
+
+def _centre(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean column, x minus it) of x [B, m, k], k ≥ 1.
+
+    The first column goes first, exactly where all columns share an offset, which so costs no accuracy; equal columns
+    become exactly zero.
+    """
+    first = x[..., :1]
+    shifted = x - first
+    mean = shifted.mean(-1, keepdim=True)
+    return first + mean, shifted - mean
 
 
 def gram(x: Tensor, center: bool = False) -> Tensor:
     work = x.to(accumulator(x.dtype))
     if center and x.shape[-1]:
-        work = work - work.mean(-1, keepdim=True)
-    return work.mT @ work
+        _, work = _centre(work)
+    product = work.mT @ work
+    return product.triu() + product.triu(1).mT  # BLAS need not round both halves alike
 
 
 def truncated_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    work, exponent, finite = _normalise(x.to(accumulator(x.dtype)))
-    u, s, vh = torch.linalg.svd(work, full_matrices=False)
+    scaled, exponent, finite = _normalise(x)
+    u, s, vh = torch.linalg.svd(scaled, full_matrices=False)
     u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
-    sign = _positive_peak(u)
-    nan = torch.full((), torch.nan, dtype=work.dtype, device=x.device)
-    u = torch.where(finite, u * sign, nan)
-    vh = torch.where(finite, vh * sign.mT, nan)
-    s = torch.where(finite[:, 0], _power_of_two(s, exponent[:, 0]), nan)
-    return u.to(x.dtype).contiguous(), s.contiguous(), vh.to(x.dtype).contiguous()
+    sign = _positive_peak(u.to(x.dtype))
+    u = torch.where(finite, u * sign, torch.nan)
+    vh = torch.where(finite, vh * sign.mT, torch.nan)
+    s = torch.where(finite[:, 0], _power_of_two(s, exponent[:, 0]), torch.nan)
+    return u.to(x.dtype).contiguous(), s.to(accumulator(x.dtype)).contiguous(), vh.to(x.dtype).contiguous()
 
 
 def project(x: Tensor, basis: Tensor) -> Tensor:
@@ -82,29 +99,22 @@ def like_layout(x: Tensor, count: int) -> Tensor:
 
 def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     n, positions, r = x.shape
-    k = max(min(r, n - 1), 0)
-    work = accumulator(x.dtype)
-    scaled, exponent, finite = _normalise(x.permute(1, 2, 0).to(work))  # [S, r, n]
-    mean = scaled.mean(-1, keepdim=True)
-    centred = scaled - mean
-    residual = centred.mean(-1, keepdim=True)  # a large offset leaves a rounding error here
-    mean, centred = mean + residual, centred - residual
-
+    k = min(r, n - 1)
+    scaled, exponent, finite = _normalise(x.permute(1, 2, 0))  # [S, r, n]
+    mean, centred = _centre(scaled)
     u, s, _ = torch.linalg.svd(centred, full_matrices=True)
     u, s = u[..., :components], s[..., :k]
-    u = u * _positive_peak(u)
+    u = u * _positive_peak(u.to(x.dtype))
     kept = torch.zeros(positions, components, 1, dtype=torch.bool, device=x.device)
-    if k:
-        kept[:, : min(k, components), 0] = s[:, :components] > deficiency(work) * s[:, :1]
-    coeff = torch.where(kept, u.mT @ centred, torch.zeros((), dtype=work, device=x.device))  # [S, p, n]
+    kept[:, : min(k, components), 0] = s[:, :components] > deficiency(x.dtype) * s[:, :1]
+    coeff = torch.where(kept, u.mT @ centred, 0.0)  # [S, p, n]
 
-    nan = torch.full((), torch.nan, dtype=work, device=x.device)
     basis = like_layout(x, components + 1)
-    basis[0] = torch.where(finite, _power_of_two(mean, exponent), nan)[..., 0].to(x.dtype)
-    basis[1:] = torch.where(finite, u, nan).permute(2, 0, 1).to(x.dtype)
-    coeff = torch.where(finite, _power_of_two(coeff, exponent), nan).permute(2, 1, 0).to(x.dtype)
-    energy = torch.where(finite[:, 0], _power_of_two(s, exponent[:, 0]).square(), nan)
-    return basis, coeff.contiguous(), energy.contiguous()
+    basis[0] = torch.where(finite, _power_of_two(mean, exponent), torch.nan)[..., 0]
+    basis[1:] = torch.where(finite, u, torch.nan).permute(2, 0, 1)
+    coeff = torch.where(finite, _power_of_two(coeff, exponent), torch.nan).permute(2, 1, 0).to(x.dtype)
+    energy = torch.where(finite[:, 0], _power_of_two(s, exponent[:, 0]).square(), torch.nan)
+    return basis, coeff.contiguous(), energy.to(accumulator(x.dtype)).contiguous()
 
 
 def check_ids(task_ids: Tensor, n: int, lowest: int) -> None:
@@ -120,8 +130,11 @@ def reconstruct(basis: Tensor, coeff: Tensor, task_ids: Tensor) -> Tensor:
     check_ids(task_ids, coeff.shape[0], 0)
     work = accumulator(basis.dtype)
     chosen = coeff[task_ids.long()].to(work)  # [a, p, S]
+    factors = basis[0].to(work).expand(len(task_ids), -1, -1)
+    for k in range(coeff.shape[1]):
+        factors = factors + chosen[:, k, :, None] * basis[k + 1].to(work)
     out = like_layout(basis, len(task_ids))
-    out.copy_(basis[0].to(work) + torch.einsum("aps,psr->asr", chosen, basis[1:].to(work)))
+    out.copy_(factors)
     return out
 
 

@@ -1,0 +1,210 @@
+// compress: mean, Helmert reduction, QR, one-sided Jacobi, basis and coefficients, one position per lane.
+//
+// Y, the centred vectors in a Helmert basis, has K = min(r, n−1) singular values and no guaranteed zero. Where it is tall,
+// Y = QR first, so that Jacobi works on R [K, K] and only the p chosen columns go back through Q; where it is wide, Yᵀ = QR
+// and Jacobi works on Rᵀ, whose left singular vectors are those of Y.
+
+#include "jacobi.h"
+#include "tile.h"
+
+namespace rmm {
+
+struct CompressArgs {
+  View x, basis, coeff, energy;  // [n, S, r], [p+1, S, r], [n, p, S], [S, K]
+};
+
+// Groups of as many positions as there are lanes, from `begin` to before `end`.
+RMM_DECLARE_KERNEL(void compress(const CompressArgs& args, int64_t begin, int64_t end))
+
+namespace RMM_ISA {
+
+template <class T>
+class Compressor {
+ public:
+  explicit Compressor(const CompressArgs& args)
+      : args_(args),
+        n_(args.x.size[0]),
+        positions_(args.x.size[1]),
+        r_(args.x.size[2]),
+        p_(args.coeff.size[1]),
+        columns_(n_ - 1),
+        k_(r_ < columns_ ? r_ : columns_),
+        tall_(r_ >= columns_),
+        jacobi_(k_),
+        scratch_(n_ * r_ + columns_ * r_ + k_ * k_ + 5 * k_ + p_ * r_ + r_ + p_),
+        x_(scratch_.take(n_ * r_)),
+        y_(scratch_.take(columns_ * r_)),
+        core_(scratch_.take(k_ * k_)),
+        tau_(scratch_.take(k_)),
+        diagonal_(scratch_.take(k_)),
+        norms_(scratch_.take(k_)),
+        kept_(scratch_.take(k_)),
+        energy_(scratch_.take(k_)),
+        u_(scratch_.take(p_ * r_)),
+        mean_(scratch_.take(r_)),
+        c_(scratch_.take(p_)) {}
+
+  void group(int64_t first) {
+    const int lanes = positions_ - first < kLanes<T> ? static_cast<int>(positions_ - first) : kLanes<T>;
+    const Mask<T> finite = load_and_scale(first, lanes);
+    centre();
+    factorise();
+    if (k_ > 0) jacobi_(core_, k_, k_, norms_);
+    components();
+    write(first, lanes, finite);
+  }
+
+ private:
+  // Loads x and finds its power of two per lane; lanes with NaN or Inf become 0. Returns which lanes are finite.
+  Mask<T> load_and_scale(int64_t first, int lanes) {
+    const View& x = args_.x;
+    Vec<T> largest{};
+    Mask<T> finite = ~Mask<T>{};
+    for (int64_t i = 0; i < n_; ++i) {
+      load_tile<T>(x.dtype, x.at(i, first), x.stride[1], x.stride[2], lanes, r_, x_ + i * r_);
+      for (int64_t j = 0; j < r_; ++j) {
+        const Vec<T> magnitude = abs<T>(x_[i * r_ + j]);
+        finite &= magnitude <= Bits<T>::largest;
+        largest = magnitude > largest ? magnitude : largest;
+      }
+    }
+    if (any<T>(~finite)) {
+      largest = select<T>(finite, largest, splat<T>(0));
+      for (int64_t i = 0; i < n_ * r_; ++i) x_[i] = select<T>(finite, x_[i], splat<T>(0));
+    }
+    scale_ = scale_of<T>(largest);
+    return finite;
+  }
+
+  // x_ becomes the scaled and centred x, y_ its Helmert reduction y_i = x_i + x_0 / (√n − 1), i = 1 … n−1, stored as
+  // columns over ranks where Y is tall, over tasks where it is wide. Centred twice: what the first mean rounds off, the
+  // second takes.
+  void centre() {
+    const T share = T(1) / static_cast<T>(n_);
+    const T spread = n_ > 1 ? T(1) / (T(sqrt(static_cast<double>(n_))) - T(1)) : T(0);
+    const int64_t along_task = tall_ ? r_ : 1, along_rank = tall_ ? 1 : columns_;
+    for (int64_t j = 0; j < r_; ++j) {
+      Vec<T>* const x = x_ + j;
+      Vec<T> sum{};
+      for (int64_t i = 0; i < n_; ++i) sum += x[i * r_] = x[i * r_] * scale_.up1 * scale_.up2;
+      const Vec<T> mean = share * sum;
+      sum = Vec<T>{};
+      for (int64_t i = 0; i < n_; ++i) sum += x[i * r_] -= mean;
+      const Vec<T> rest = share * sum;
+      mean_[j] = mean + rest;
+      x[0] -= rest;
+      const Vec<T> first = spread * x[0];
+      Vec<T>* const y = y_ + j * along_rank;
+      for (int64_t i = 1; i < n_; ++i) {
+        x[i * r_] -= rest;
+        y[(i - 1) * along_task] = x[i * r_] + first;
+      }
+    }
+  }
+
+  // QR of Y or of Yᵀ, whichever is tall; core_ gets R or Rᵀ.
+  void factorise() {
+    const int64_t rows = tall_ ? r_ : columns_;
+    householder<T>(y_, rows, k_, tau_, diagonal_);
+    for (int64_t c = 0; c < k_; ++c) {
+      for (int64_t i = 0; i < k_; ++i) {
+        const int64_t column = tall_ ? c : i, row = tall_ ? i : c;  // R[row, column]
+        core_[c * k_ + i] = row < column ? y_[column * rows + row] : row == column ? diagonal_[row] : Vec<T>{};
+      }
+    }
+  }
+
+  // u_ [p][r]: the leading left singular vectors of Y, completed to orthonormal ones.
+  void components() {
+    const int64_t live = p_ < k_ ? p_ : k_;
+    if (live > 0) orthonormalise<T>(core_, k_, k_, live, norms_, kept_);
+    for (int64_t c = 0; c < p_; ++c) {
+      for (int64_t j = 0; j < r_; ++j) {
+        u_[c * r_ + j] = c < live && j < k_ ? core_[c * k_ + j] : splat<T>(c >= live && j == c ? 1 : 0);
+      }
+    }
+    if (k_ > 0 && tall_) apply_q<T>(y_, tau_, r_, k_, u_, p_);
+    for (int64_t c = 0; c < p_; ++c) {
+      // Their norms are 1 to a few roundings; one Newton step makes that one.
+      const Vec<T> square = dot<T>(u_ + c * r_, u_ + c * r_, r_);
+      const Vec<T> factor = peak_sign<T>(u_ + c * r_, r_) * (T(1.5) - T(0.5) * square);
+      for (int64_t j = 0; j < r_; ++j) u_[c * r_ + j] = u_[c * r_ + j] * factor + T(0);
+    }
+  }
+
+  void write(int64_t first, int lanes, Mask<T> finite) {
+    const View &basis = args_.basis, &coeff = args_.coeff, &energy = args_.energy;
+    const Vec<T> zero{}, nan = zero / zero;
+    for (int64_t i = 0; i < n_; ++i) {
+      dots<T>(x_ + i * r_, u_, r_, p_, c_);
+      for (int64_t c = 0; c < p_; ++c) {
+        const Vec<T> along = c < k_ ? kept_[c] * c_[c] : zero;
+        c_[c] = select<T>(finite, along * scale_.down2 * scale_.down1, nan);
+      }
+      store_tile<T>(coeff.dtype, coeff.at(i, 0, first), coeff.stride[2], coeff.stride[1], lanes, p_, c_);
+    }
+    for (int64_t j = 0; j < r_; ++j) mean_[j] = select<T>(finite, mean_[j] * scale_.down2 * scale_.down1, nan);
+    store_tile<T>(basis.dtype, basis.at(0, first), basis.stride[1], basis.stride[2], lanes, r_, mean_);
+    if (any<T>(~finite)) {
+      for (int64_t j = 0; j < p_ * r_; ++j) u_[j] = select<T>(finite, u_[j], nan);
+    }
+    for (int64_t c = 0; c < p_; ++c) {
+      store_tile<T>(basis.dtype, basis.at(c + 1, first), basis.stride[1], basis.stride[2], lanes, r_, u_ + c * r_);
+    }
+    for (int64_t c = 0; c < k_; ++c) {
+      const Vec<T> square = norms_[c] * scale_.down2 * scale_.down2 * scale_.down1 * scale_.down1;
+      energy_[c] = select<T>(finite, square, nan);
+    }
+    store_tile<T>(energy.dtype, energy.at(first), energy.stride[0], energy.stride[1], lanes, k_, energy_);
+  }
+
+  const CompressArgs& args_;
+  const int64_t n_, positions_, r_, p_, columns_, k_;
+  const bool tall_;
+  const Jacobi<T> jacobi_;
+  Scratch<T> scratch_;
+  Vec<T>*x_, *y_, *core_, *tau_, *diagonal_, *norms_, *kept_, *energy_, *u_, *mean_, *c_;
+  Scale<T> scale_;
+};
+
+template <class T>
+void compress_groups(const CompressArgs& args, int64_t begin, int64_t end) {
+  Compressor<T> compressor(args);
+  for (int64_t group = begin; group < end; ++group) compressor.group(group * kLanes<T>);
+}
+
+void compress(const CompressArgs& args, int64_t begin, int64_t end) {
+  args.x.dtype == Dtype::f64 ? compress_groups<double>(args, begin, end) : compress_groups<float>(args, begin, end);
+}
+
+}  // namespace RMM_ISA
+}  // namespace rmm
+
+#ifdef RMM_OPS
+#include <tuple>
+
+#include "../common/tensor.h"
+#include "parallel.h"
+
+namespace rmm {
+
+std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
+  const View in = view(x, 3, "x");
+  const int64_t n = in.size[0], positions = in.size[1], r = in.size[2];
+  check_same(n >= 1 && components >= 0 && components <= r, "x [n, S, r] with n >= 1, components from 0 to r");
+  Tensor basis = like_layout(x, components + 1);
+  Tensor coeff = torch::stable::new_empty(x, {n, components, positions});
+  Tensor energy = torch::stable::new_empty(x, {positions, r < n - 1 ? r : n - 1}, accumulator(x));
+  const CompressArgs args{in, view(basis, 3, "basis"), view(coeff, 3, "coeff"), view(energy, 2, "energy")};
+  const auto kernel = RMM_KERNEL(compress);
+  parallel_groups(positions, in.dtype, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return {basis, coeff, energy};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rmm_kernels, CPU, m) {
+  m.impl("compress", TORCH_BOX(&compress_op));
+  m.impl("compress.cpu", TORCH_BOX(&compress_op));
+}
+
+}  // namespace rmm
+#endif

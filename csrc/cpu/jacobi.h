@@ -1,0 +1,333 @@
+// Dense pieces on one matrix per lane: Householder QR, one-sided Jacobi, completion of deficient columns.
+//
+// Matrices are column-major, a column being `rows` consecutive vectors. Their entries are scaled to at most 4 and finite.
+#pragma once
+
+#include <math.h>
+
+#include "simd.h"
+
+namespace rmm {
+namespace RMM_ISA {
+
+template <class T>
+RMM_INLINE Vec<T> dot(const Vec<T>* a, const Vec<T>* b, int64_t rows) {
+  Vec<T> even{}, odd{};  // two chains, so that one does not wait for the other
+  int64_t i = 0;
+  for (; i + 2 <= rows; i += 2) {
+    even += a[i] * b[i];
+    odd += a[i + 1] * b[i + 1];
+  }
+  if (i < rows) even += a[i] * b[i];
+  return even + odd;
+}
+
+// out[c] = a · columns[c], c < count.
+template <class T>
+RMM_INLINE void dots(const Vec<T>* a, const Vec<T>* columns, int64_t rows, int64_t count, Vec<T>* out) {
+  int64_t c = 0;
+  for (; c + 4 <= count; c += 4) {
+    Vec<T> sum[4] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int b = 0; b < 4; ++b) sum[b] += a[i] * columns[(c + b) * rows + i];
+    }
+    for (int b = 0; b < 4; ++b) out[c + b] = sum[b];
+  }
+  for (; c < count; ++c) out[c] = dot<T>(a, columns + c * rows, rows);
+}
+
+// A = QR in place. Column j then holds R above its diagonal and the Householder vector from it on; R's diagonal goes to
+// diagonal[j]; H_j = I − tau[j] v_j v_jᵀ. A column without norm gives H_j = I.
+template <class T>
+void householder(Vec<T>* a, int64_t rows, int64_t cols, Vec<T>* tau, Vec<T>* diagonal) {
+  for (int64_t j = 0; j < cols; ++j) {
+    Vec<T>* v = a + j * rows + j;
+    const int64_t length = rows - j;
+    const Vec<T> square = dot<T>(v, v, length);
+    const Mask<T> live = square > Bits<T>::tiny;
+    const Vec<T> safe = select<T>(live, square, splat<T>(1));
+    const Vec<T> norm = safe * rsqrt<T>(safe);
+    const Vec<T> first = v[0];
+    const Vec<T> inverse_root = rsqrt<T>(safe + abs<T>(first) * norm);
+    tau[j] = select<T>(live, inverse_root * inverse_root, splat<T>(0));
+    diagonal[j] = select<T>(live, copy_sign<T>(-norm, -first), first);
+    v[0] = first + copy_sign<T>(norm, first);
+    for (int64_t k = j + 1; k < cols; ++k) {
+      Vec<T>* column = a + k * rows + j;
+      const Vec<T> step = tau[j] * dot<T>(v, column, length);
+      for (int64_t i = 0; i < length; ++i) column[i] -= step * v[i];
+    }
+  }
+}
+
+// column ← Q column, for `count` columns of `rows`.
+template <class T>
+void apply_q(const Vec<T>* a, const Vec<T>* tau, int64_t rows, int64_t cols, Vec<T>* columns, int64_t count) {
+  for (int64_t c = 0; c < count; ++c) {
+    for (int64_t j = cols - 1; j >= 0; --j) {
+      const Vec<T>* v = a + j * rows + j;
+      Vec<T>* column = columns + c * rows + j;
+      const Vec<T> step = tau[j] * dot<T>(v, column, rows - j);
+      for (int64_t i = 0; i < rows - j; ++i) column[i] -= step * v[i];
+    }
+  }
+}
+
+struct Pair {
+  int32_t p, q;
+};
+
+// The k(k−1)/2 pairs p < q of k columns as the rounds of a tournament: the k/2 pairs of a round (rounded down) share no
+// column, so that their rotations do not wait for each other. Returns the number of rounds.
+inline int64_t tournament(int64_t k, Pair* pairs) {
+  if (k < 2) return 0;
+  const int64_t even = k + (k & 1);
+  for (int64_t round = 0; round + 1 < even; ++round) {
+    for (int64_t i = 0; i < even / 2; ++i) {
+      const int64_t a = i == 0 ? even - 1 : (round + i) % (even - 1);
+      const int64_t b = (round + even - 1 - i) % (even - 1);
+      if (a < k && b < k) *pairs++ = a < b ? Pair{int32_t(a), int32_t(b)} : Pair{int32_t(b), int32_t(a)};
+    }
+  }
+  return even - 1;
+}
+
+// 1/√z for z in [0.5, 1].
+template <class T>
+RMM_INLINE Vec<T> rsqrt_of_half_to_one(Vec<T> z) {
+  Vec<T> y = T(2.2354) + z * (T(-2.0575) + T(0.8246) * z);  // within 0.5%
+  const Vec<T> half = T(0.5) * z;
+  for (int i = 0; i < (sizeof(T) == 4 ? 1 : 2); ++i) y = y * (T(1.5) - half * y * y);
+  const Vec<T> residual = T(0.5) - (half * y) * y;
+  return y + y * residual;
+}
+
+// A rotation of two columns, and what it has to do with: squared norms and dot product.
+template <class T>
+struct Turn {
+  Vec<T> pq, cosine, sine;
+  Mask<T> turned;
+};
+
+// Where p and q are to be rotated: not orthogonal, or p the shorter one. Not where both are negligible.
+template <class T>
+RMM_INLINE Mask<T> needs_turn(Vec<T> pp, Vec<T> qq, Vec<T> pq, T tolerance, Vec<T> floor) {
+  const Vec<T> gap = pp - qq, radius2 = gap * gap + T(4) * pq * pq;
+  const Mask<T> slanted = (pq * pq > (tolerance * pp) * (tolerance * qq)) & (pp * qq > floor);
+  return (slanted | (qq > pp)) & (radius2 > Bits<T>::tiny);
+}
+
+// The rotation that makes p and q orthogonal and p the longer one, 1 and 0 in lanes that need none; updates pp and qq.
+// The angle need only be good (it is found again next sweep), but cosine² + sine² = 1 must hold to rounding.
+template <class T>
+RMM_INLINE void find_turn(Vec<T>& pp, Vec<T>& qq, Turn<T>& turn) {
+  const Vec<T> pq = turn.pq, gap = pp - qq;
+  const Vec<T> radius2 = gap * gap + T(4) * pq * pq, half = T(0.5) * radius2;
+  Vec<T> inverse = (Vec<T>)(Bits<T>::rsqrt_magic - ((Mask<T>)radius2 >> 1));  // 1/√radius2, to 5e-6 (3e-11)
+  for (int i = 0; i < (sizeof(T) == 4 ? 2 : 3); ++i) inverse = inverse * (T(1.5) - half * inverse * inverse);
+  const Vec<T> z = T(0.5) + T(0.5) * (abs<T>(gap) * inverse);  // cos² of the smaller angle
+  const Vec<T> slope = pq * inverse;                           // its cos · sin
+  const Vec<T> root = rsqrt_of_half_to_one<T>(z * z + slope * slope);
+  const Vec<T> large = z * root, small = slope * root;
+  const Vec<T> shift = pq * small * root;  // how far the squared norms move apart
+  const Mask<T> swap = qq > pp, turned = turn.turned;
+  const Vec<T> longer = select<T>(swap, qq, pp) + shift, shorter = select<T>(swap, pp, qq) - shift;
+  pp = select<T>(turned, longer, pp);
+  qq = select<T>(turned, shorter > T(0) ? shorter : Vec<T>{}, qq);
+  const Vec<T> cosine = select<T>(swap, abs<T>(small), large);
+  const Vec<T> sine = select<T>(swap, copy_sign<T>(large, pq), small);
+  turn.cosine = select<T>(turned, cosine, splat<T>(1));
+  turn.sine = select<T>(turned, sine, splat<T>(0));
+}
+
+template <class T>
+RMM_INLINE void rotate(Vec<T>* p, Vec<T>* q, int64_t rows, Vec<T> cosine, Vec<T> sine) {
+  for (int64_t j = 0; j < rows; ++j) {
+    const Vec<T> pj = p[j], qj = q[j];
+    p[j] = cosine * pj + sine * qj;
+    q[j] = cosine * qj - sine * pj;
+  }
+}
+
+// One-sided Jacobi: rotates the `cols` columns until the leading `rows` of each are orthogonal, `all_rows` taking part in
+// the rotations. norms[c] then holds the squared norms of the leading rows. Lanes that have converged are left as they are,
+// so that a lane's result does not depend on its neighbours. Rows is `rows` where that is known when compiling, else 0.
+template <class T, int Rows>
+void jacobi_sweeps(Vec<T>* a, int64_t rows_given, int64_t all_rows_given, int64_t cols, const Pair* pairs, int64_t rounds,
+                   Turn<T>* turns, Vec<T>* norms) {
+  const int64_t rows = Rows ? Rows : rows_given, all_rows = Rows ? Rows : all_rows_given;
+  const int64_t per_round = cols / 2;
+  constexpr int kMaxSweeps = 15;
+  // Rounding of a dot product grows with its length.
+  const T tolerance = T(3.4) * Bits<T>::epsilon * (rows > 16 ? T(sqrt(rows / 16.0)) : T(1));
+  Vec<T> floor{};
+  for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
+    for (int64_t c = 0; c < cols; ++c) norms[c] = dot<T>(a + c * all_rows, a + c * all_rows, rows);
+    if (sweep == 0) {
+      Vec<T> total{};
+      for (int64_t c = 0; c < cols; ++c) total += norms[c];
+      const T negligible = T(0.7) * Bits<T>::epsilon;  // pairs of columns both this short relative to the matrix
+      total *= negligible * negligible;
+      floor = total * total;
+    }
+    Mask<T> swept{};
+    for (int64_t round = 0; round < rounds; ++round) {
+      const Pair* pair = pairs + round * per_round;
+      Mask<T> turned{};
+      for (int64_t i = 0; i < per_round; ++i) {
+        const int64_t p = pair[i].p, q = pair[i].q;
+        turns[i].pq = dot<T>(a + p * all_rows, a + q * all_rows, rows);
+        turns[i].turned = needs_turn<T>(norms[p], norms[q], turns[i].pq, tolerance, floor);
+        turned |= turns[i].turned;
+      }
+      if (sweep > 1 && !any<T>(turned)) continue;
+      swept |= turned;
+      for (int64_t i = 0; i < per_round; ++i) find_turn<T>(norms[pair[i].p], norms[pair[i].q], turns[i]);
+      for (int64_t i = 0; i < per_round; ++i) {
+        rotate<T>(a + pair[i].p * all_rows, a + pair[i].q * all_rows, all_rows, turns[i].cosine, turns[i].sine);
+      }
+    }
+    if (!any<T>(swept)) break;
+  }
+  for (int64_t c = 0; c < cols; ++c) norms[c] = dot<T>(a + c * all_rows, a + c * all_rows, rows);
+}
+
+template <class T, int Rows>
+void jacobi_of(Vec<T>* a, int64_t rows, int64_t all_rows, int64_t cols, const Pair* pairs, int64_t rounds, Turn<T>* turns,
+               Vec<T>* norms) {
+  if constexpr (Rows > 16) {
+    jacobi_sweeps<T, 0>(a, rows, all_rows, cols, pairs, rounds, turns, norms);
+  } else if (rows == Rows && all_rows == rows) {
+    jacobi_sweeps<T, Rows>(a, rows, rows, cols, pairs, rounds, turns, norms);
+  } else {
+    jacobi_of<T, Rows + 1>(a, rows, all_rows, cols, pairs, rounds, turns, norms);
+  }
+}
+
+// Jacobi on matrices of `cols` columns: the order of the pairs and room for a round of rotations.
+template <class T>
+class Jacobi {
+ public:
+  explicit Jacobi(int64_t cols)
+      : cols_(cols),
+        pairs_(static_cast<Pair*>(malloc(sizeof(Pair) * (cols * cols / 2 + 1)))),
+        turns_(static_cast<Turn<T>*>(aligned_alloc(64, (sizeof(Turn<T>) * (cols / 2 + 1) + 63) / 64 * 64))) {
+    if (pairs_ == nullptr || turns_ == nullptr) abort();
+    rounds_ = tournament(cols, pairs_);
+  }
+  ~Jacobi() {
+    free(pairs_);
+    free(turns_);
+  }
+  Jacobi(const Jacobi&) = delete;
+  Jacobi& operator=(const Jacobi&) = delete;
+
+  // As jacobi_sweeps, and sorts the columns by falling norm.
+  void operator()(Vec<T>* a, int64_t rows, int64_t all_rows, Vec<T>* norms) const {
+    jacobi_of<T, 1>(a, rows, all_rows, cols_, pairs_, rounds_, turns_, norms);
+    sort(a, all_rows, norms);
+  }
+
+ private:
+  void sort(Vec<T>* a, int64_t all_rows, Vec<T>* norms) const {
+    for (bool sorted = false; !sorted;) {
+      sorted = true;
+      for (int64_t c = 0; c + 1 < cols_; ++c) {
+        const Mask<T> swap = norms[c + 1] > norms[c];
+        if (!any<T>(swap)) continue;
+        sorted = false;
+        const Vec<T> upper = norms[c], lower = norms[c + 1];
+        norms[c] = select<T>(swap, lower, upper);
+        norms[c + 1] = select<T>(swap, upper, lower);
+        for (int64_t j = c * all_rows; j < (c + 1) * all_rows; ++j) {
+          const Vec<T> left = a[j], right = a[j + all_rows];
+          a[j] = select<T>(swap, right, left);
+          a[j + all_rows] = select<T>(swap, left, right);
+        }
+      }
+    }
+  }
+
+  const int64_t cols_;
+  Pair* const pairs_;
+  Turn<T>* const turns_;
+  int64_t rounds_;
+};
+
+// Scales each of the first `count` columns to norm 1; kept[c] is 1 where it could be, 0 where σ_c is negligible. There the
+// column becomes what is left of the unit vector that sticks out most of the columns before it (twice Gram–Schmidt).
+template <class T>
+void orthonormalise(Vec<T>* a, int64_t rows, int64_t all_rows, int64_t count, const Vec<T>* norms, Vec<T>* kept) {
+  const T limit = Bits<T>::deficient * Bits<T>::deficient;
+  for (int64_t c = 0; c < count; ++c) {
+    const Mask<T> live = (norms[c] > limit * norms[0]) & (norms[c] > Bits<T>::tiny);
+    kept[c] = select<T>(live, splat<T>(1), splat<T>(0));
+    const Vec<T> inverse = select<T>(live, rsqrt<T>(select<T>(live, norms[c], splat<T>(1))), splat<T>(0));
+    Vec<T>* column = a + c * all_rows;
+    for (int64_t i = 0; i < rows; ++i) column[i] = column[i] * inverse + T(0);  // + 0: no −0, whatever the neighbours did
+    if (!any<T>(~live)) continue;
+
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      if (live[lane]) continue;
+      int64_t best = 0;
+      T most = -1;
+      for (int64_t i = 0; i < rows; ++i) {
+        T left = 1;
+        for (int64_t b = 0; b < c; ++b) left -= a[b * all_rows + i][lane] * a[b * all_rows + i][lane];
+        if (left > most + T(1e-3)) most = left, best = i;  // by a margin, so that rounding does not decide
+      }
+      column[best][lane] = 1;
+      for (int pass = 0; pass < 2; ++pass) {
+        for (int64_t b = 0; b < c; ++b) {
+          T along = 0;
+          for (int64_t i = 0; i < rows; ++i) along += column[i][lane] * a[b * all_rows + i][lane];
+          for (int64_t i = 0; i < rows; ++i) column[i][lane] -= along * a[b * all_rows + i][lane];
+        }
+        T square = 0;
+        for (int64_t i = 0; i < rows; ++i) square += column[i][lane] * column[i][lane];
+        const T inverse_norm = T(1) / T(sqrt(square));
+        for (int64_t i = 0; i < rows; ++i) column[i][lane] *= inverse_norm;
+      }
+    }
+  }
+}
+
+// ±1 per lane: the sign of the component of largest magnitude, the lowest index on ties.
+template <class T>
+RMM_INLINE Vec<T> peak_sign(const Vec<T>* column, int64_t rows) {
+  Vec<T> best{}, value{};
+  for (int64_t i = 0; i < rows; ++i) {
+    const Vec<T> magnitude = abs<T>(column[i]);
+    const Mask<T> larger = magnitude > best;
+    best = select<T>(larger, magnitude, best);
+    value = select<T>(larger, column[i], value);
+  }
+  return select<T>(value < T(0), splat<T>(-1), splat<T>(1));
+}
+
+// Exact powers of two that bring a matrix's largest entry into [2, 4) and back; in two factors, each representable.
+template <class T>
+struct Scale {
+  Vec<T> up1, up2, down1, down2;
+};
+
+template <class T>
+RMM_INLINE Scale<T> scale_of(Vec<T> largest) {
+  constexpr int mantissa = Bits<T>::mantissa, bias = Bits<T>::bias;
+  using I = typename Bits<T>::type;
+  const I lift = bias / 2 + 1;  // 64, 512
+  const Mask<T> low = (((Mask<T>)largest >> mantissa) < bias - lift);
+  const Vec<T> raise = (Vec<T>)(Mask<T>{} + (I(bias + lift) << mantissa));
+  const Vec<T> lower = (Vec<T>)(Mask<T>{} + (I(bias - lift) << mantissa));
+  Scale<T> scale;
+  scale.up1 = select<T>(low, raise, splat<T>(1));
+  scale.down1 = select<T>(low, lower, splat<T>(1));
+  Mask<T> exponent = ((Mask<T>)(largest * scale.up1) >> mantissa) - bias - 1;  // of the power of two to divide by
+  exponent = largest > T(0) ? exponent : Mask<T>{};
+  scale.up2 = (Vec<T>)((bias - exponent) << mantissa);
+  scale.down2 = (Vec<T>)((bias + exponent) << mantissa);
+  return scale;
+}
+
+}  // namespace RMM_ISA
+}  // namespace rmm

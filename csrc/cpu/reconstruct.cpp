@@ -1,0 +1,73 @@
+// reconstruct: factors of chosen tasks, one position per lane.
+
+#include "tile.h"
+
+namespace rmm {
+
+struct ReconstructArgs {
+  View basis, coeff, out;  // [p+1, S, r], [n, p, S], [a, S, r]
+  Ids tasks;               // [a]
+};
+
+// Groups of as many positions as there are lanes, from `begin` to before `end`.
+RMM_DECLARE_KERNEL(void reconstruct(const ReconstructArgs& args, int64_t begin, int64_t end))
+
+namespace RMM_ISA {
+
+template <class T>
+void reconstruct_groups(const ReconstructArgs& args, int64_t begin, int64_t end) {
+  const View &basis = args.basis, &coeff = args.coeff, &out = args.out;
+  const int64_t positions = basis.size[1], r = basis.size[2], p = coeff.size[1];
+  Scratch<T> scratch((p + 2) * r + p);
+  Vec<T>*u = scratch.take((p + 1) * r), *sum = scratch.take(r), *c = scratch.take(p);
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t first = group * kLanes<T>;
+    const int lanes = positions - first < kLanes<T> ? static_cast<int>(positions - first) : kLanes<T>;
+    for (int64_t k = 0; k <= p; ++k) {
+      load_tile<T>(basis.dtype, basis.at(k, first), basis.stride[1], basis.stride[2], lanes, r, u + k * r);
+    }
+    for (int64_t a = 0; a < args.tasks.size; ++a) {
+      load_tile<T>(coeff.dtype, coeff.at(args.tasks[a], 0, first), coeff.stride[2], coeff.stride[1], lanes, p, c);
+      for (int64_t j = 0; j < r; ++j) {
+        Vec<T> value = u[j];
+        for (int64_t k = 0; k < p; ++k) value += c[k] * u[(k + 1) * r + j];
+        sum[j] = value;
+      }
+      store_tile<T>(out.dtype, out.at(a, first), out.stride[1], out.stride[2], lanes, r, sum);
+    }
+  }
+}
+
+void reconstruct(const ReconstructArgs& args, int64_t begin, int64_t end) {
+  args.basis.dtype == Dtype::f64 ? reconstruct_groups<double>(args, begin, end) : reconstruct_groups<float>(args, begin, end);
+}
+
+}  // namespace RMM_ISA
+}  // namespace rmm
+
+#ifdef RMM_OPS
+#include "../common/tensor.h"
+#include "parallel.h"
+
+namespace rmm {
+
+Tensor reconstruct_op(Tensor basis, Tensor coeff, Tensor task_ids) {
+  const View on = view(basis, 3, "basis"), of = view(coeff, 3, "coeff");
+  const Ids tasks = ids(task_ids);
+  check_same(on.size[0] == of.size[1] + 1 && on.size[1] == of.size[2] && on.dtype == of.dtype,
+             "basis [p+1, S, r] and coeff [n, p, S]");
+  check_ids(tasks, of.size[0], 0);
+  Tensor out = like_layout(basis, tasks.size);
+  const ReconstructArgs args{on, of, view(out, 3, "out"), tasks};
+  const auto kernel = RMM_KERNEL(reconstruct);
+  parallel_groups(on.size[1], on.dtype, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rmm_kernels, CPU, m) {
+  m.impl("reconstruct", TORCH_BOX(&reconstruct_op));
+  m.impl("reconstruct.cpu", TORCH_BOX(&reconstruct_op));
+}
+
+}  // namespace rmm
+#endif

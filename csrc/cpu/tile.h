@@ -1,0 +1,226 @@
+// Tiles: a group of positions, one per lane, by `rows` values each; between memory of any strides and dtype, and vectors.
+#pragma once
+
+#include "simd.h"
+
+namespace rmm {
+namespace RMM_ISA {
+
+struct F16 {
+  uint16_t bits;
+};
+struct BF16 {
+  uint16_t bits;
+};
+
+// ---- dtypes ----
+
+typedef uint32_t U32 __attribute__((vector_size(kBytes)));
+typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));
+
+RMM_INLINE Vec<float> widen(U16 bits, BF16) {
+  return (Vec<float>)(__builtin_convertvector(bits, U32) << 16);
+}
+
+RMM_INLINE Vec<float> widen(U16 bits, F16) {
+  const U32 wide = __builtin_convertvector(bits, U32);
+  const U32 magnitude = wide & 0x7fffu;
+  // Exponent and mantissa moved into place; the bias is corrected by a product, which is exact for subnormals too.
+  const Vec<float> finite = (Vec<float>)((magnitude << 13) + (112u << 23));
+  const Vec<float> subnormal = (Vec<float>)((magnitude << 13) + (113u << 23)) - 6.103515625e-5f;
+  const Vec<float> special = (Vec<float>)((magnitude << 13) | 0x7f800000u);
+  Vec<float> value = magnitude < 0x400u ? subnormal : finite;
+  value = magnitude >= 0x7c00u ? special : value;
+  return (Vec<float>)((U32)value | ((wide & 0x8000u) << 16));
+}
+
+RMM_INLINE U16 narrow(Vec<float> value, BF16) {
+  const U32 bits = (U32)value;
+  const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U32 nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, U16);
+}
+
+RMM_INLINE U16 narrow(Vec<float> value, F16) {
+  const U32 bits = (U32)value;
+  const U32 magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
+  // Normal: round to nearest even at bit 13 and rebias. Subnormal: adding 0.5 lines the value up with fp16's last bit.
+  const U32 normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const U32 subnormal = (U32)((Vec<float>)magnitude + 0.5f) - 0x3f000000u;
+  U32 out = magnitude < (113u << 23) ? subnormal : normal;
+  out = magnitude >= 0x477ff000u ? U32{} + 0x7c00u : out;
+  out = magnitude > 0x7f800000u ? U32{} + 0x7e00u : out;
+  return __builtin_convertvector(out | sign, U16);
+}
+
+// Vectors from and to storage of T itself or of a half type (F16, BF16), whose values are float.
+template <class T, class From>
+RMM_INLINE Vec<T> load_as(const From* from) {
+  if constexpr (sizeof(From) == sizeof(T)) {
+    return load<T>(from);
+  } else {
+    U16 bits;
+    memcpy(&bits, from, sizeof bits);
+    return widen(bits, From{});
+  }
+}
+
+template <class T, class To>
+RMM_INLINE void store_as(To* to, Vec<T> v) {
+  if constexpr (sizeof(To) == sizeof(T)) {
+    store<T>(to, v);
+  } else {
+    const U16 bits = narrow(v, To{});
+    memcpy(to, &bits, sizeof bits);
+  }
+}
+
+// One value, by the same arithmetic as a vector of them.
+template <class T, class From>
+RMM_INLINE T scalar_as(const From* from) {
+  if constexpr (sizeof(From) == sizeof(T)) {
+    return *from;
+  } else {
+    return widen(U16{from->bits}, From{})[0];
+  }
+}
+
+// ---- transposition ----
+
+template <int... I>
+struct Sequence {};
+template <int N, int... I>
+struct MakeSequence : MakeSequence<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeSequence<0, I...> {
+  using type = Sequence<I...>;
+};
+
+// Swaps the off-diagonal step × step blocks of a pair of rows.
+template <class T, int Step, int... I>
+RMM_INLINE void swap_blocks(Vec<T>& upper, Vec<T>& lower, Sequence<I...>) {
+  const Vec<T> a = upper, b = lower;
+  upper = __builtin_shufflevector(a, b, ((I & Step) ? kLanes<T> + I - Step : I)...);
+  lower = __builtin_shufflevector(a, b, ((I & Step) ? kLanes<T> + I : I + Step)...);
+}
+
+template <class T, int Step>
+RMM_INLINE void transpose_step(Vec<T>* rows) {
+  if constexpr (Step < kLanes<T>) {
+    using Lanes = typename MakeSequence<kLanes<T>>::type;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if (!(i & Step)) swap_blocks<T, Step>(rows[i], rows[i + Step], Lanes{});
+    }
+    transpose_step<T, Step * 2>(rows);
+  }
+}
+
+// In place, as many rows as lanes.
+template <class T>
+RMM_INLINE void transpose(Vec<T>* rows) {
+  transpose_step<T, 1>(rows);
+}
+
+// ---- tiles ----
+
+// tile[j] lane l = from[l · lane_stride + j · row_stride], j < rows; lanes from `lanes` on are 0.
+template <class T, class From>
+void load_tile(const From* from, int64_t lane_stride, int64_t row_stride, int lanes, int64_t rows, Vec<T>* tile) {
+  constexpr int W = kLanes<T>;
+  int64_t j = 0;
+  if (lanes == W && lane_stride == 1) {
+    for (; j < rows; ++j) tile[j] = load_as<T>(from + j * row_stride);
+  } else if (lanes == W && row_stride == 1) {
+    for (; j + W <= rows; j += W) {
+      Vec<T> block[W];
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) block[l] = load_as<T>(from + l * lane_stride + j);
+      transpose<T>(block);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) tile[j + l] = block[l];
+    }
+  }
+  for (; j < rows; ++j) {
+    T row[W] = {};
+    for (int l = 0; l < lanes; ++l) row[l] = scalar_as<T>(from + l * lane_stride + j * row_stride);
+    tile[j] = load(row);
+  }
+}
+
+// to[l · lane_stride + j · row_stride] = tile[j] lane l, j < rows, l < lanes.
+template <class T, class To>
+void store_tile(To* to, int64_t lane_stride, int64_t row_stride, int lanes, int64_t rows, const Vec<T>* tile) {
+  constexpr int W = kLanes<T>;
+  int64_t j = 0;
+  if (lanes == W && lane_stride == 1) {
+    for (; j < rows; ++j) store_as<T>(to + j * row_stride, tile[j]);
+  } else if (lanes == W && row_stride == 1) {
+    for (; j + W <= rows; j += W) {
+      Vec<T> block[W];
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) block[l] = tile[j + l];
+      transpose<T>(block);
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) store_as<T>(to + l * lane_stride + j, block[l]);
+    }
+  }
+  for (; j < rows; ++j) {
+    To row[W];
+    store_as<T>(row, tile[j]);
+    for (int l = 0; l < lanes; ++l) to[l * lane_stride + j * row_stride] = row[l];
+  }
+}
+
+// The same, the storage dtype known at run time. T is double exactly where it is f64.
+template <class T>
+void load_tile(Dtype dtype, const char* from, int64_t lane_stride, int64_t row_stride, int lanes, int64_t rows, Vec<T>* tile) {
+  if constexpr (sizeof(T) == 8) {
+    load_tile<T>(reinterpret_cast<const T*>(from), lane_stride, row_stride, lanes, rows, tile);
+  } else if (dtype == Dtype::f32) {
+    load_tile<T>(reinterpret_cast<const T*>(from), lane_stride, row_stride, lanes, rows, tile);
+  } else if (dtype == Dtype::bf16) {
+    load_tile<T>(reinterpret_cast<const BF16*>(from), lane_stride, row_stride, lanes, rows, tile);
+  } else {
+    load_tile<T>(reinterpret_cast<const F16*>(from), lane_stride, row_stride, lanes, rows, tile);
+  }
+}
+
+template <class T>
+void store_tile(Dtype dtype, char* to, int64_t lane_stride, int64_t row_stride, int lanes, int64_t rows, const Vec<T>* tile) {
+  if constexpr (sizeof(T) == 8) {
+    store_tile<T>(reinterpret_cast<T*>(to), lane_stride, row_stride, lanes, rows, tile);
+  } else if (dtype == Dtype::f32) {
+    store_tile<T>(reinterpret_cast<T*>(to), lane_stride, row_stride, lanes, rows, tile);
+  } else if (dtype == Dtype::bf16) {
+    store_tile<T>(reinterpret_cast<BF16*>(to), lane_stride, row_stride, lanes, rows, tile);
+  } else {
+    store_tile<T>(reinterpret_cast<F16*>(to), lane_stride, row_stride, lanes, rows, tile);
+  }
+}
+
+// A row of `count` values, `stride` apart, in consecutive lanes; what is left of the last vector is 0.
+template <class T>
+void load_row(Dtype dtype, const char* from, int64_t stride, int64_t count, Vec<T>* row) {
+  constexpr int W = kLanes<T>;
+  const int64_t full = count / W;
+  load_tile<T>(dtype, from, stride, W * stride, W, full, row);
+  if (full * W < count) {
+    const char* const rest = from + full * W * stride * element_size(dtype);
+    load_tile<T>(dtype, rest, stride, 1, static_cast<int>(count - full * W), 1, row + full);
+  }
+}
+
+template <class T>
+void store_row(Dtype dtype, char* to, int64_t stride, int64_t count, const Vec<T>* row) {
+  constexpr int W = kLanes<T>;
+  const int64_t full = count / W;
+  store_tile<T>(dtype, to, stride, W * stride, W, full, row);
+  if (full * W < count) {
+    char* const rest = to + full * W * stride * element_size(dtype);
+    store_tile<T>(dtype, rest, stride, 1, static_cast<int>(count - full * W), 1, row + full);
+  }
+}
+
+}  // namespace RMM_ISA
+}  // namespace rmm
