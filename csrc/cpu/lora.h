@@ -1,22 +1,23 @@
-// What shrink and expand share: tokens grouped by task, and a factor's block of positions laid out for the inner loops.
+// What shrink and expand share: tokens grouped by task, and a span of a factor laid out for the inner loops.
 //
-// Both work through blocks of positions small enough that a block of the basis stays in the first-level cache while all
-// tokens of a chunk pass over it. A task with one token in the chunk takes the direct form, p+1 products with the shared
-// basis; a task with more has its own factor rebuilt for the block first, which costs p products, and then takes one
-// product per token. On a CPU the rebuilt form needs fewer operations from two tokens on.
+// A unit of work takes a chunk of tokens over a span of positions. The basis of the span is copied once into blocks of
+// consecutive memory (rows of a factor lie a power of two apart more often than not, and would share cache sets), small
+// enough to stay in the second-level cache, and the tokens pass over it a few at a time. So few tokens that they pass only
+// once read the basis where it is.
+//
+// A task with one token in the chunk takes the direct form, p+1 products with the shared basis. A task with more has its
+// own factor rebuilt for the span first, which costs p products, and then takes one product per token. On a CPU that needs
+// fewer operations from two tokens on.
 #pragma once
 
 #include "tile.h"
 
 namespace rmm {
 
-// Tokens of one task, order[begin … end).
-struct Run {
-  int64_t task, begin, end;
-};
+// Some of the active tokens (id ≥ 0), which are sorted by task.
+constexpr int64_t kChunk = 256;
+constexpr int64_t kSpan = 1024;  // positions of a unit of work
 
-// The active tokens (id ≥ 0) sorted by task, at most kChunk of them.
-constexpr int64_t kChunk = 64;
 struct Chunk {
   const int64_t* order;  // rows of x and y
   const int64_t* tasks;  // task of order[i]
@@ -33,6 +34,8 @@ constexpr int kBlockVecs = kBlockBytes / kBytes;
 // Tokens an inner loop takes at once: as many as leave their sums in registers.
 constexpr int kTokens = kBytes == 64 ? 6 : 3;
 
+inline int64_t blocks_of(int64_t positions, int64_t block) { return (positions + block - 1) / block; }
+
 // How many of chunk's tokens from `first` on are of one task.
 inline int64_t run_length(const Chunk& chunk, int64_t first) {
   int64_t last = first + 1;
@@ -40,79 +43,100 @@ inline int64_t run_length(const Chunk& chunk, int64_t first) {
   return last - first;
 }
 
-// A block of a factor: row j of component k is `row_stride` and `component_stride` elements on, positions innermost.
-template <class T>
-struct Panel {
-  const T* data;
-  int64_t row_stride, component_stride;
-
-  const T* at(int64_t k, int64_t j) const { return data + k * component_stride + j * row_stride; }
-};
-
-// Rows first … first + rows of every component of factor [p+1, ., .] at `count` positions from `position` on. The axes of
-// ranks and positions are given, so that lora_a and lora_b are the same to it. Points into the factor where that is laid
-// out so already, else fills `scratch`, components × rows × kBlockVecs.
-template <class T>
-Panel<T> panel_of(const View& factor, int rank_axis, int position_axis, int64_t first, int64_t rows, int64_t position,
-                  int64_t count, Vec<T>* scratch) {
-  const int64_t components = factor.size[0];
-  const int64_t along_rank = factor.stride[rank_axis], along_position = factor.stride[position_axis];
-  const int64_t offset = first * along_rank + position * along_position, size = element_size(factor.dtype);
-  if (size == sizeof(T) && along_position == 1 && count == kBlock<T>) {
-    return {reinterpret_cast<const T*>(factor.data) + offset, along_rank, factor.stride[0]};
-  }
-  constexpr int W = kLanes<T>;
-  for (int64_t k = 0; k < components; ++k) {
-    char* const from = factor.at(k) + offset * size;
-    Vec<T>* const to = scratch + k * rows * kBlockVecs;
-    if (along_position <= along_rank) {
-      for (int64_t j = 0; j < rows; ++j) {
-        for (int v = 0; v < kBlockVecs; ++v) to[j * kBlockVecs + v] = Vec<T>{};
-        load_row<T>(factor.dtype, from + j * along_rank * size, along_position, count, to + j * kBlockVecs);
-      }
-    } else {
-      for (int v = 0; v < kBlockVecs; ++v) {
-        const int64_t left = count - v * W;
-        const int lanes = left < 0 ? 0 : left < W ? static_cast<int>(left) : W;
-        Vec<T> tile[16];
-        for (int64_t j = 0; j < rows; j += 16) {
-          const int64_t some = rows - j < 16 ? rows - j : 16;
-          char* const at = from + (v * W * along_position + j * along_rank) * size;
-          load_tile<T>(factor.dtype, at, along_position, along_rank, lanes, some, tile);
-          for (int64_t i = 0; i < some; ++i) to[(j + i) * kBlockVecs + v] = tile[i];
-        }
-      }
-    }
-  }
-  return {reinterpret_cast<const T*>(scratch), kBlock<T>, rows * kBlock<T>};
+// How many tokens from `first` on, at most `most`, are each alone with their task.
+inline int64_t singles(const Chunk& chunk, int64_t first, int64_t most) {
+  int64_t count = 0;
+  while (count < most && first + count < chunk.count && run_length(chunk, first + count) == 1) ++count;
+  return count;
 }
 
-// A row's values at a block of positions; points into the tensor where it can, else fills `scratch`.
+// `count` values of a row, in memory order and padded with 0 to whole blocks: the tensor itself where it is like that, else
+// a copy in `scratch`.
 template <class T>
-const T* block_of(Dtype dtype, const char* from, int64_t stride, int64_t count, Vec<T>* scratch) {
-  if (element_size(dtype) == sizeof(T) && stride == 1 && count == kBlock<T>) return reinterpret_cast<const T*>(from);
-  for (int v = 0; v < kBlockVecs; ++v) scratch[v] = Vec<T>{};
+const T* row_of(Dtype dtype, const char* from, int64_t stride, int64_t count, Vec<T>* scratch) {
+  if (element_size(dtype) == sizeof(T) && stride == 1 && count % kBlock<T> == 0) return reinterpret_cast<const T*>(from);
+  if (count % kBlock<T> != 0) {
+    Vec<T>* const last = scratch + count / kBlock<T> * kBlockVecs;
+    for (int v = 0; v < kBlockVecs; ++v) last[v] = Vec<T>{};
+  }
   load_row<T>(dtype, from, stride, count, scratch);
   return reinterpret_cast<const T*>(scratch);
 }
 
-// The factor of one task at a block of positions: factor[j] = panel[0][j] + Σ_k c_k ⊙ panel[k + 1][j].
+// A factor over a span: blocks of positions, positions innermost, the rest by strides in elements.
 template <class T>
-void rebuild(const Panel<T>& panel, int64_t rows, const View& coeff, int64_t task, int64_t position, int64_t count, Vec<T>* c,
-             Vec<T>* factor) {
-  const int64_t p = coeff.size[1];
-  for (int64_t j = 0; j < rows; ++j) {
-    for (int v = 0; v < kBlockVecs; ++v) factor[j * kBlockVecs + v] = load(panel.at(0, j) + v * kLanes<T>);
+struct Panel {
+  const T* data;
+  int64_t block, component, rank;
+
+  const T* at(int64_t b, int64_t k, int64_t j = 0) const { return data + b * block + k * component + j * rank; }
+};
+
+// The factor [p+1, ., .] over `count` positions from `position` on, copied to `packed` as [block][component][rank]; or, for
+// `tokens` that pass over it once, where it is, if that is laid out so. The axes of ranks and positions are given, so that
+// lora_a and lora_b are the same to it.
+template <class T>
+Panel<T> pack(const View& factor, int rank_axis, int position_axis, int64_t position, int64_t count, int64_t tokens,
+              Vec<T>* packed) {
+  constexpr int W = kLanes<T>;
+  const int64_t components = factor.size[0], ranks = factor.size[rank_axis], size = element_size(factor.dtype);
+  const int64_t along_rank = factor.stride[rank_axis], along_position = factor.stride[position_axis];
+  if (tokens <= kTokens && size == sizeof(T) && along_position == 1 && count % kBlock<T> == 0) {
+    return {reinterpret_cast<const T*>(factor.data) + position, kBlock<T>, factor.stride[0], along_rank};
   }
-  for (int64_t k = 0; k < p; ++k) {
-    const T* const weights = block_of<T>(coeff.dtype, coeff.at(task, k, position), coeff.stride[2], count, c);
-    Vec<T> weight[kBlockVecs];
-    for (int v = 0; v < kBlockVecs; ++v) weight[v] = load(weights + v * kLanes<T>);
-    for (int64_t j = 0; j < rows; ++j) {
-      const T* const from = panel.at(k + 1, j);
-      for (int v = 0; v < kBlockVecs; ++v) factor[j * kBlockVecs + v] += weight[v] * load(from + v * kLanes<T>);
+  const Panel<T> panel{reinterpret_cast<const T*>(packed), components * ranks * kBlock<T>, ranks * kBlock<T>, kBlock<T>};
+  for (int64_t done = 0; done < count; done += kBlock<T>) {
+    const int64_t some = count - done < kBlock<T> ? count - done : kBlock<T>;
+    for (int64_t k = 0; k < components; ++k) {
+      char* const from = factor.at(k) + (position + done) * along_position * size;
+      if (along_position <= along_rank) {
+        for (int64_t j = 0; j < ranks; ++j, packed += kBlockVecs) {
+          const T* const row = row_of<T>(factor.dtype, from + j * along_rank * size, along_position, some, packed);
+          if (row == reinterpret_cast<const T*>(packed)) continue;
+          for (int v = 0; v < kBlockVecs; ++v) packed[v] = load(row + v * W);
+        }
+      } else {
+        for (int v = 0; v < kBlockVecs; ++v) {
+          const int64_t left = some - v * W;
+          const int lanes = left < 0 ? 0 : left < W ? static_cast<int>(left) : W;
+          Vec<T> tile[W];
+          for (int64_t j = 0; j < ranks; j += W) {
+            const int64_t rows = ranks - j < W ? ranks - j : W;
+            load_tile<T>(factor.dtype, from + (v * W * along_position + j * along_rank) * size, along_position, along_rank,
+                         lanes, rows, tile);
+            for (int64_t i = 0; i < rows; ++i) packed[(j + i) * kBlockVecs + v] = tile[i];
+          }
+        }
+        packed += ranks * kBlockVecs;
+      }
     }
   }
+  return panel;
+}
+
+// One task's factor from the basis, as [block][rank]: basis[0] + Σ_k c_k ⊙ basis[k + 1].
+template <class T>
+Panel<T> rebuild(const Panel<T>& basis, int64_t ranks, const View& coeff, int64_t task, int64_t position, int64_t count,
+                 Vec<T>* c, Vec<T>* factor) {
+  constexpr int W = kLanes<T>;
+  const int64_t p = coeff.size[1];
+  const Panel<T> panel{reinterpret_cast<const T*>(factor), ranks * kBlock<T>, 0, kBlock<T>};
+  for (int64_t done = 0, b = 0; done < count; done += kBlock<T>, ++b, factor += ranks * kBlockVecs) {
+    const int64_t some = count - done < kBlock<T> ? count - done : kBlock<T>;
+    for (int64_t j = 0; j < ranks; ++j) {
+      for (int v = 0; v < kBlockVecs; ++v) factor[j * kBlockVecs + v] = load(basis.at(b, 0, j) + v * W);
+    }
+    for (int64_t k = 0; k < p; ++k) {
+      const T* const weights = row_of<T>(coeff.dtype, coeff.at(task, k, position + done), coeff.stride[2], some, c);
+      Vec<T> weight[kBlockVecs];
+      for (int v = 0; v < kBlockVecs; ++v) weight[v] = load(weights + v * W);
+      for (int64_t j = 0; j < ranks; ++j) {
+        const T* const row = basis.at(b, k + 1, j);
+        for (int v = 0; v < kBlockVecs; ++v) factor[j * kBlockVecs + v] += weight[v] * load(row + v * W);
+      }
+    }
+  }
+  return panel;
 }
 
 }  // namespace RMM_ISA
@@ -129,6 +153,7 @@ namespace rmm {
 // Every active token, sorted by task (stable), cut into chunks.
 struct TokenPlan {
   std::vector<int64_t> order, tasks;
+
   int64_t chunks() const { return (static_cast<int64_t>(order.size()) + kChunk - 1) / kChunk; }
   Chunk chunk(int64_t i) const {
     const int64_t left = static_cast<int64_t>(order.size()) - i * kChunk;

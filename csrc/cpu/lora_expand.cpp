@@ -15,7 +15,8 @@ namespace RMM_ISA {
 
 // delta[t] += weight[t] ⊙ Σ_j u[t][j] · w[j] at `Vecs` vectors of positions; a weight of null is 1.
 template <class T, int Tokens, int Vecs>
-RMM_INLINE void expand_tile(const T* w, int64_t row_stride, int64_t r, const T* u, const T* const* weight, Vec<T>* delta) {
+RMM_INLINE void expand_tile(const T* w, int64_t row_stride, int64_t r, const T* u, const Vec<T>* weight,
+                            int64_t weight_stride, Vec<T>* delta) {
   Vec<T> sum[Tokens][Vecs] = {};
   for (int64_t j = 0; j < r; ++j) {
     Vec<T> row[Vecs];
@@ -28,79 +29,77 @@ RMM_INLINE void expand_tile(const T* w, int64_t row_stride, int64_t r, const T* 
   for (int t = 0; t < Tokens; ++t) {
     for (int v = 0; v < Vecs; ++v) {
       Vec<T>& to = delta[t * kBlockVecs + v];
-      to += weight == nullptr ? sum[t][v] : load(weight[t] + v * kLanes<T>) * sum[t][v];
+      to += weight == nullptr ? sum[t][v] : weight[t * weight_stride + v] * sum[t][v];
     }
   }
 }
 
+// As expand_tile, for 1 to Tokens tokens and a whole block.
 template <class T, int Tokens>
-void expand_tokens(int64_t tokens, const T* w, int64_t row_stride, int64_t r, const T* u, const T* const* weight,
-                   Vec<T>* delta) {
+void expand_tokens(int64_t tokens, const T* w, int64_t row_stride, int64_t r, const T* u, const Vec<T>* weight,
+                   int64_t weight_stride, Vec<T>* delta) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return expand_tokens<T, Tokens - 1>(tokens, w, row_stride, r, u, weight, delta);
+    if (tokens < Tokens) return expand_tokens<T, Tokens - 1>(tokens, w, row_stride, r, u, weight, weight_stride, delta);
   }
   constexpr int vecs = 4;
   static_assert(kBlockVecs % vecs == 0);
   for (int v = 0; v < kBlockVecs; v += vecs) {
-    const T* shifted[Tokens];
-    for (int t = 0; t < Tokens; ++t) shifted[t] = weight == nullptr ? nullptr : weight[t] + v * kLanes<T>;
-    expand_tile<T, Tokens, vecs>(w + v * kLanes<T>, row_stride, r, u, weight == nullptr ? nullptr : shifted, delta + v);
+    expand_tile<T, Tokens, vecs>(w + v * kLanes<T>, row_stride, r, u, weight == nullptr ? nullptr : weight + v,
+                                 weight_stride, delta + v);
   }
 }
 
 template <class T>
 void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int64_t end) {
   const View &y = args.y, &basis = args.basis, &coeff = args.coeff;
-  const int64_t r = basis.size[2], p = coeff.size[1];
-  Scratch<T> scratch((p + 1) * r * kBlockVecs + r * kBlockVecs + (chunk.count + 2 + kTokens) * kBlockVecs +
-                     (chunk.count * r) / kLanes<T> + 1);
-  Vec<T>* const panel_scratch = scratch.take((p + 1) * r * kBlockVecs);
-  Vec<T>* const factor = scratch.take(r * kBlockVecs);
-  Vec<T>* const delta = scratch.take(chunk.count * kBlockVecs);
+  const int64_t r = basis.size[2], p = coeff.size[1], count = end - begin, blocks = blocks_of(count, kBlock<T>);
+  const int64_t rows = r * kBlockVecs, weights = p * kBlockVecs, u_vecs = (chunk.count * r) / kLanes<T> + 1;
+  Scratch<T> scratch((p + 2) * blocks * rows + kTokens * (weights + kBlockVecs) + kBlockVecs + u_vecs);
+  Vec<T>* const packed = scratch.take((p + 1) * blocks * rows);
+  Vec<T>* const factor = scratch.take(blocks * rows);
+  Vec<T>* const weight = scratch.take(kTokens * weights);
+  Vec<T>* const delta = scratch.take(kTokens * kBlockVecs);
   Vec<T>* const row = scratch.take(kBlockVecs);
-  Vec<T>* const c = scratch.take(kTokens * kBlockVecs);
-  T* const u = reinterpret_cast<T*>(scratch.take((chunk.count * r) / kLanes<T> + 1));  // [chunk.count, r], scaled
+  T* const u = reinterpret_cast<T*>(scratch.take(u_vecs));  // [chunk.count, r], scaled
+  const Panel<T> panel = pack<T>(basis, 2, 1, begin, count, chunk.count, packed);
   for (int64_t i = 0; i < chunk.count; ++i) {
     const T scale = *reinterpret_cast<const T*>(args.scaling.at(chunk.tasks[i]));
     for (int64_t j = 0; j < r; ++j) u[i * r + j] = scale * *reinterpret_cast<const T*>(args.u.at(chunk.order[i], j));
   }
 
-  for (int64_t position = begin; position < end; position += kBlock<T>) {
-    const int64_t count = end - position < kBlock<T> ? end - position : kBlock<T>;
-    const Panel<T> panel = panel_of<T>(basis, 2, 1, 0, r, position, count, panel_scratch);
-    for (int64_t i = 0; i < chunk.count * kBlockVecs; ++i) delta[i] = Vec<T>{};
-
-    for (int64_t i = 0; i < chunk.count;) {
-      const int64_t length = run_length(chunk, i);
-      if (length > 1) {
-        rebuild<T>(panel, r, coeff, chunk.tasks[i], position, count, c, factor);
-        for (int64_t done = i; done < i + length; done += kTokens) {
-          expand_tokens<T, kTokens>(i + length - done < kTokens ? i + length - done : kTokens,
-                                    reinterpret_cast<const T*>(factor), kBlock<T>, r, u + done * r, nullptr,
-                                    delta + done * kBlockVecs);
+  for (int64_t i = 0, some; i < chunk.count; i += some) {
+    const int64_t alone = singles(chunk, i, kTokens);
+    some = alone > 0 ? alone : run_length(chunk, i);
+    Panel<T> own{};
+    if (alone == 0) own = rebuild<T>(panel, r, coeff, chunk.tasks[i], begin, count, row, factor);
+    for (int64_t first = i; first < i + some; first += kTokens) {
+      const int64_t tokens = i + some - first < kTokens ? i + some - first : kTokens;
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t position = begin + block * kBlock<T>;
+        const int64_t width = end - position < kBlock<T> ? end - position : kBlock<T>;
+        for (int64_t v = 0; v < tokens * kBlockVecs; ++v) delta[v] = Vec<T>{};
+        if (alone == 0) {
+          expand_tokens<T, kTokens>(tokens, own.at(block, 0), own.rank, r, u + first * r, nullptr, 0, delta);
+        } else {
+          for (int64_t t = 0; t < tokens; ++t) {
+            for (int64_t k = 0; k < p; ++k) {
+              load_row<T>(coeff.dtype, coeff.at(chunk.tasks[first + t], k, position), coeff.stride[2], width,
+                          weight + t * weights + k * kBlockVecs);
+            }
+          }
+          expand_tokens<T, kTokens>(tokens, panel.at(block, 0), panel.rank, r, u + first * r, nullptr, 0, delta);
+          for (int64_t k = 0; k < p; ++k) {
+            expand_tokens<T, kTokens>(tokens, panel.at(block, k + 1), panel.rank, r, u + first * r, weight + k * kBlockVecs,
+                                      weights, delta);
+          }
         }
-        i += length;
-        continue;
-      }
-      int64_t some = 1;
-      while (some < kTokens && i + some < chunk.count && run_length(chunk, i + some) == 1) ++some;
-      expand_tokens<T, kTokens>(some, panel.at(0, 0), panel.row_stride, r, u + i * r, nullptr, delta + i * kBlockVecs);
-      for (int64_t k = 0; k < p; ++k) {
-        const T* weight[kTokens];
-        for (int64_t t = 0; t < some; ++t) {
-          weight[t] = block_of<T>(coeff.dtype, coeff.at(chunk.tasks[i + t], k, position), coeff.stride[2], count,
-                                  c + t * kBlockVecs);
+        for (int64_t t = 0; t < tokens; ++t) {
+          char* const to = y.at(chunk.order[first + t], position);
+          load_row<T>(y.dtype, to, y.stride[1], width, row);
+          for (int v = 0; v < kBlockVecs; ++v) row[v] += delta[t * kBlockVecs + v];
+          store_row<T>(y.dtype, to, y.stride[1], width, row);
         }
-        expand_tokens<T, kTokens>(some, panel.at(k + 1, 0), panel.row_stride, r, u + i * r, weight, delta + i * kBlockVecs);
       }
-      i += some;
-    }
-
-    for (int64_t i = 0; i < chunk.count; ++i) {
-      char* const to = y.at(chunk.order[i], position);
-      load_row<T>(y.dtype, to, y.stride[1], count, row);
-      for (int v = 0; v < kBlockVecs; ++v) row[v] += delta[i * kBlockVecs + v];
-      store_row<T>(y.dtype, to, y.stride[1], count, row);
     }
   }
 }
@@ -129,14 +128,13 @@ void run_expand(const TokenPlan& plan, const View& y, const View& u, const View&
                 const View& scaling) {
   const ExpandArgs args{y, u, basis_b, coeff_b, scaling};
   const int64_t r = basis_b.size[2], width = y.size[1], chunks = plan.chunks();
-  constexpr int64_t length = 512;  // positions of a unit of work
-  const int64_t parts = (width + length - 1) / length;
+  const int64_t parts = (width + kSpan - 1) / kSpan;
   const auto kernel = RMM_KERNEL(lora_expand);
   const int64_t work = static_cast<int64_t>(plan.order.size()) * r * width;
   torch::stable::parallel_for(0, chunks * parts, work < 32768 ? chunks * parts : 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t from = unit % parts * length;
-      kernel(args, plan.chunk(unit / parts), from, std::min(from + length, width));
+      const int64_t from = unit % parts * kSpan;
+      kernel(args, plan.chunk(unit / parts), from, std::min(from + kSpan, width));
     }
   });
 }

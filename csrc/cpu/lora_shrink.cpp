@@ -13,12 +13,11 @@ RMM_DECLARE_KERNEL(void lora_shrink(const ShrinkArgs& args, const Chunk& chunk, 
 
 namespace RMM_ISA {
 
-constexpr int kRows = 16;  // ranks whose block of the basis is kept in the first-level cache at once
-
-// sums[t][j] += Σ_segments Σ_positions w[segment][j] · z[t][segment]: Tokens × Rows sums in registers.
+// sums[t][j] += Σ_segments Σ_positions w[segment][j] · z[t][segment], a segment being a block of positions: Tokens × Rows
+// sums in registers.
 template <class T, int Tokens, int Rows>
-RMM_INLINE void shrink_tile(const T* w, int64_t row_stride, int64_t segment_stride, const T* const* z, int64_t z_segment_stride,
-                            int64_t segments, Vec<T>* sums, int64_t sums_stride) {
+RMM_INLINE void shrink_tile(const T* w, int64_t row_stride, int64_t segment_stride, const T* const* z, int64_t segments,
+                            Vec<T>* sums, int64_t sums_stride) {
   Vec<T> sum[Tokens][Rows];
   for (int t = 0; t < Tokens; ++t) {
     for (int j = 0; j < Rows; ++j) sum[t][j] = sums[t * sums_stride + j];
@@ -29,7 +28,7 @@ RMM_INLINE void shrink_tile(const T* w, int64_t row_stride, int64_t segment_stri
       Vec<T> row[Rows];
       for (int j = 0; j < Rows; ++j) row[j] = load(ws + j * row_stride + v * kLanes<T>);
       for (int t = 0; t < Tokens; ++t) {
-        const Vec<T> zt = load(z[t] + s * z_segment_stride + v * kLanes<T>);
+        const Vec<T> zt = load(z[t] + s * kBlock<T> + v * kLanes<T>);
         for (int j = 0; j < Rows; ++j) sum[t][j] += zt * row[j];
       }
     }
@@ -39,89 +38,93 @@ RMM_INLINE void shrink_tile(const T* w, int64_t row_stride, int64_t segment_stri
   }
 }
 
+// As shrink_tile, for 1 to Tokens tokens and any number of ranks.
 template <class T, int Tokens>
 void shrink_tokens(int64_t tokens, const T* w, int64_t row_stride, int64_t segment_stride, const T* const* z,
-                   int64_t z_segment_stride, int64_t segments, int64_t rows, Vec<T>* sums, int64_t sums_stride) {
+                   int64_t segments, int64_t r, Vec<T>* sums) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) {
-      return shrink_tokens<T, Tokens - 1>(tokens, w, row_stride, segment_stride, z, z_segment_stride, segments, rows, sums,
-                                          sums_stride);
-    }
+    if (tokens < Tokens) return shrink_tokens<T, Tokens - 1>(tokens, w, row_stride, segment_stride, z, segments, r, sums);
   }
   int64_t j = 0;
-  for (; j + 4 <= rows; j += 4) {
-    shrink_tile<T, Tokens, 4>(w + j * row_stride, row_stride, segment_stride, z, z_segment_stride, segments, sums + j,
-                              sums_stride);
+  for (; j + 4 <= r; j += 4) {
+    shrink_tile<T, Tokens, 4>(w + j * row_stride, row_stride, segment_stride, z, segments, sums + j, r);
   }
-  for (; j < rows; ++j) {
-    shrink_tile<T, Tokens, 1>(w + j * row_stride, row_stride, segment_stride, z, z_segment_stride, segments, sums + j,
-                              sums_stride);
+  for (; j < r; ++j) {
+    shrink_tile<T, Tokens, 1>(w + j * row_stride, row_stride, segment_stride, z, segments, sums + j, r);
+  }
+}
+
+// out[i] = the sum of v[i]'s lanes.
+template <class T>
+void add_lanes(const Vec<T>* v, int64_t count, T* out) {
+  constexpr int W = kLanes<T>;
+  for (int64_t i = 0; i < count; i += W) {
+    Vec<T> rows[W];
+    for (int l = 0; l < W; ++l) rows[l] = i + l < count ? v[i + l] : Vec<T>{};
+    transpose<T>(rows);
+    Vec<T> total{};
+    for (int l = 0; l < W; ++l) total += rows[l];
+    if (i + W <= count) {
+      store(out + i, total);
+    } else {
+      for (int64_t l = 0; i + l < count; ++l) out[i + l] = total[l];
+    }
   }
 }
 
 template <class T>
 void shrink_chunk(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int64_t end, T* out) {
   const View &x = args.x, &basis = args.basis, &coeff = args.coeff;
-  const int64_t r = basis.size[1], p = coeff.size[1];
-  const int64_t panel_size = (p + 1) * kRows * kBlockVecs, direct_size = (p + 1) * kBlockVecs;
-  Scratch<T> scratch(chunk.count * r + panel_size + kTokens * direct_size + (kRows + 1 + kTokens) * kBlockVecs);
+  const int64_t r = basis.size[1], p = coeff.size[1], count = end - begin, blocks = blocks_of(count, kBlock<T>);
+  const int64_t rows = r * kBlockVecs, span = blocks * kBlockVecs, scaled = (p + 1) * kBlockVecs;
+  Scratch<T> scratch((p + 2) * blocks * rows + chunk.count * r + kTokens * (scaled + span) + kBlockVecs);
+  Vec<T>* const packed = scratch.take((p + 1) * blocks * rows);
+  Vec<T>* const factor = scratch.take(blocks * rows);
   Vec<T>* const sums = scratch.take(chunk.count * r);
-  Vec<T>* const panel_scratch = scratch.take(panel_size);
-  Vec<T>* const scaled = scratch.take(kTokens * direct_size);
-  Vec<T>* const factor = scratch.take(kRows * kBlockVecs);
+  Vec<T>* const products = scratch.take(kTokens * scaled);
+  Vec<T>* const copies = scratch.take(kTokens * span);
   Vec<T>* const c = scratch.take(kBlockVecs);
-  Vec<T>* const tokens = scratch.take(kTokens * kBlockVecs);
+  const Panel<T> panel = pack<T>(basis, 1, 2, begin, count, chunk.count, packed);
   for (int64_t i = 0; i < chunk.count * r; ++i) sums[i] = Vec<T>{};
 
-  for (int64_t position = begin; position < end; position += kBlock<T>) {
-    const int64_t count = end - position < kBlock<T> ? end - position : kBlock<T>;
-    const auto token_at = [&](int64_t i, Vec<T>* room) __attribute__((always_inline)) {
-      return block_of<T>(x.dtype, x.at(chunk.order[i], position), x.stride[1], count, room);
+  for (int64_t i = 0, some; i < chunk.count; i += some) {
+    const T* z[kTokens];
+    const auto row = [&](int64_t t) {
+      return row_of<T>(x.dtype, x.at(chunk.order[i + t], begin), x.stride[1], count, copies + t % kTokens * span);
     };
-    for (int64_t first = 0; first < r; first += kRows) {
-      const int64_t rows = r - first < kRows ? r - first : kRows;
-      const Panel<T> panel = panel_of<T>(basis, 1, 2, first, rows, position, count, panel_scratch);
-
-      // Direct form: tokens alone with their task. Their sums are not neighbours, so each is its own tile of one token
-      // unless the next is alone too.
-      for (int64_t i = 0; i < chunk.count;) {
-        const int64_t length = run_length(chunk, i);
-        if (length > 1) {
-          rebuild<T>(panel, rows, coeff, chunk.tasks[i], position, count, c, factor);
-          for (int64_t done = 0; done < length; done += kTokens) {
-            const int64_t some = length - done < kTokens ? length - done : kTokens;
-            const T* z[kTokens];
-            for (int64_t t = 0; t < some; ++t) z[t] = token_at(i + done + t, tokens + t * kBlockVecs);
-            shrink_tokens<T, kTokens>(some, reinterpret_cast<const T*>(factor), kBlock<T>, 0, z, 0, 1, rows,
-                                      sums + (i + done) * r + first, r);
-          }
-          i += length;
-          continue;
-        }
-        int64_t some = 0;
-        const T* z[kTokens];
-        while (some < kTokens && i + some < chunk.count && run_length(chunk, i + some) == 1) {
-          Vec<T>* const zt = scaled + some * direct_size;
-          const T* const xt = token_at(i + some, tokens);
-          for (int v = 0; v < kBlockVecs; ++v) zt[v] = load(xt + v * kLanes<T>);
-          for (int64_t k = 0; k < p; ++k) {
-            const T* const weights =
-                block_of<T>(coeff.dtype, coeff.at(chunk.tasks[i + some], k, position), coeff.stride[2], count, c);
-            for (int v = 0; v < kBlockVecs; ++v) zt[(k + 1) * kBlockVecs + v] = zt[v] * load(weights + v * kLanes<T>);
-          }
-          z[some++] = reinterpret_cast<const T*>(zt);
-        }
-        shrink_tokens<T, kTokens>(some, panel.data, panel.row_stride, panel.component_stride, z, kBlock<T>, p + 1, rows,
-                                  sums + i * r + first, r);
-        i += some;
+    some = singles(chunk, i, kTokens);
+    if (some == 0) {
+      some = run_length(chunk, i);
+      const Panel<T> own = rebuild<T>(panel, r, coeff, chunk.tasks[i], begin, count, c, factor);
+      for (int64_t done = 0; done < some; done += kTokens) {
+        const int64_t tokens = some - done < kTokens ? some - done : kTokens;
+        for (int64_t t = 0; t < tokens; ++t) z[t] = row(done + t);
+        shrink_tokens<T, kTokens>(tokens, own.data, own.rank, own.block, z, blocks, r, sums + (i + done) * r);
       }
+      continue;
+    }
+    const T* from[kTokens];
+    for (int64_t t = 0; t < some; ++t) {
+      from[t] = row(t);
+      z[t] = reinterpret_cast<const T*>(products + t * scaled);
+    }
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t position = begin + block * kBlock<T>, width = end - position < kBlock<T> ? end - position : kBlock<T>;
+      for (int64_t t = 0; t < some; ++t) {
+        Vec<T>* const product = products + t * scaled;
+        for (int v = 0; v < kBlockVecs; ++v) product[v] = load(from[t] + block * kBlock<T> + v * kLanes<T>);
+        for (int64_t k = 0; k < p; ++k) {
+          const char* const at = coeff.at(chunk.tasks[i + t], k, position);
+          const T* const weight = row_of<T>(coeff.dtype, at, coeff.stride[2], width, c);
+          for (int v = 0; v < kBlockVecs; ++v) {
+            product[(k + 1) * kBlockVecs + v] = product[v] * load(weight + v * kLanes<T>);
+          }
+        }
+      }
+      shrink_tokens<T, kTokens>(some, panel.at(block, 0), panel.rank, panel.component, z, p + 1, r, sums + i * r);
     }
   }
-  for (int64_t i = 0; i < chunk.count * r; ++i) {
-    T total = 0;
-    for (int l = 0; l < kLanes<T>; ++l) total += sums[i][l];
-    out[i] = total;
-  }
+  add_lanes<T>(sums, chunk.count * r, out);
 }
 
 void lora_shrink(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int64_t end, void* out) {
@@ -168,17 +171,16 @@ template <class T>
 void shrink(const TokenPlan& plan, const View& x, const View& basis_a, const View& coeff_a, const View& u) {
   const ShrinkArgs args{x, basis_a, coeff_a};
   const int64_t r = basis_a.size[1], width = x.size[1], chunks = plan.chunks();
-  // Few tokens: several threads share a chunk, each on its part of the positions; the parts are summed in order. How many
-  // parts depends on the shapes only, so that results do not depend on the threads.
-  const int64_t parts = x.size[0] <= kChunk ? std::clamp<int64_t>(width / 1024, 1, 8) : 1;
-  const int64_t length = (width / parts + 127) / 128 * 128, room = kChunk * r;
+  // The spans' sums are added in order. How many there are depends on the shapes only, so that results do not depend on the
+  // threads.
+  const int64_t parts = (width + kSpan - 1) / kSpan, room = kChunk * r;
   std::vector<T> sums(chunks * parts * room);
   const auto kernel = RMM_KERNEL(lora_shrink);
   const int64_t work = static_cast<int64_t>(plan.order.size()) * r * width;
   torch::stable::parallel_for(0, chunks * parts, work < 32768 ? chunks * parts : 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t from = unit % parts * length, to = unit % parts + 1 == parts ? width : std::min(from + length, width);
-      kernel(args, plan.chunk(unit / parts), from, to, sums.data() + unit * room);
+      const int64_t from = unit % parts * kSpan;
+      kernel(args, plan.chunk(unit / parts), from, std::min(from + kSpan, width), sums.data() + unit * room);
     }
   });
   for (int64_t i = 0; i < static_cast<int64_t>(plan.order.size()); ++i) {
