@@ -2,6 +2,9 @@
 
 from ._library import backends, build_info
 from ._version import __version__
+from .adapters import Adapter, AdapterError, LoraFactors, load_adapter, load_adapters, save_adapter
+from .merge import MergedAdapters, MergedModule, MergeError, merge
+from .modules import Attachment, MultiTaskLoRALinear, attach
 from .ops import (
     compress,
     gram,
@@ -15,16 +18,29 @@ from .ops import (
 )
 
 __all__ = [
+    "Adapter",
+    "AdapterError",
+    "Attachment",
+    "LoraFactors",
+    "MergeError",
+    "MergedAdapters",
+    "MergedModule",
+    "MultiTaskLoRALinear",
     "__version__",
+    "attach",
     "backends",
     "build_info",
     "compress",
     "gram",
+    "load_adapter",
+    "load_adapters",
     "lora_expand_",
     "lora_forward",
     "lora_forward_",
     "lora_shrink",
+    "merge",
     "project",
     "reconstruct",
+    "save_adapter",
     "truncated_svd",
 ]

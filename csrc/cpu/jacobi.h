@@ -77,19 +77,19 @@ struct Pair {
   int32_t p, q;
 };
 
-// The k(k−1)/2 pairs p < q of k columns as the rounds of a tournament: the k/2 pairs of a round (rounded down) share no
-// column, so that their rotations do not wait for each other. Returns the number of rounds.
-inline int64_t tournament(int64_t k, Pair* pairs) {
-  if (k < 2) return 0;
-  const int64_t even = k + (k & 1);
-  for (int64_t round = 0; round + 1 < even; ++round) {
-    for (int64_t i = 0; i < even / 2; ++i) {
-      const int64_t a = i == 0 ? even - 1 : (round + i) % (even - 1);
-      const int64_t b = (round + even - 1 - i) % (even - 1);
-      if (a < k && b < k) *pairs++ = a < b ? Pair{int32_t(a), int32_t(b)} : Pair{int32_t(b), int32_t(a)};
+// The k(k−1)/2 pairs p < q of k columns in odd-even order: k rounds, in each of which neighbours in a list meet and trade
+// places, so that in the end all have met. Pairs of a round share no column, so their rotations do not wait for each other;
+// and with the longer column always going to the lower index, this order takes one to two sweeps less than a tournament's.
+inline void odd_even_pairs(int64_t k, int32_t* list, Pair* pairs) {
+  for (int64_t i = 0; i < k; ++i) list[i] = static_cast<int32_t>(i);
+  for (int64_t round = 0; round < k; ++round) {
+    for (int64_t i = round & 1; i + 1 < k; i += 2) {
+      const int32_t a = list[i], b = list[i + 1];
+      *pairs++ = a < b ? Pair{a, b} : Pair{b, a};
+      list[i] = b;
+      list[i + 1] = a;
     }
   }
-  return even - 1;
 }
 
 // 1/√z for z in [0.5, 1].
@@ -153,10 +153,9 @@ RMM_INLINE void rotate(Vec<T>* p, Vec<T>* q, int64_t rows, Vec<T> cosine, Vec<T>
 // the rotations. norms[c] then holds the squared norms of the leading rows. Lanes that have converged are left as they are,
 // so that a lane's result does not depend on its neighbours. Rows is `rows` where that is known when compiling, else 0.
 template <class T, int Rows>
-void jacobi_sweeps(Vec<T>* a, int64_t rows_given, int64_t all_rows_given, int64_t cols, const Pair* pairs, int64_t rounds,
+void jacobi_sweeps(Vec<T>* a, int64_t rows_given, int64_t all_rows_given, int64_t cols, const Pair* pairs,
                    Turn<T>* turns, Vec<T>* norms) {
   const int64_t rows = Rows ? Rows : rows_given, all_rows = Rows ? Rows : all_rows_given;
-  const int64_t per_round = cols / 2;
   constexpr int kMaxSweeps = 15;
   // Rounding of a dot product grows with its length.
   const T tolerance = T(3.4) * Bits<T>::epsilon * (rows > 16 ? T(sqrt(rows / 16.0)) : T(1));
@@ -171,10 +170,11 @@ void jacobi_sweeps(Vec<T>* a, int64_t rows_given, int64_t all_rows_given, int64_
       floor = total * total;
     }
     Mask<T> swept{};
-    for (int64_t round = 0; round < rounds; ++round) {
-      const Pair* pair = pairs + round * per_round;
+    const Pair* pair = pairs;
+    for (int64_t round = 0, in_round; round < cols; ++round, pair += in_round) {
+      in_round = (cols - (round & 1)) / 2;
       Mask<T> turned{};
-      for (int64_t i = 0; i < per_round; ++i) {
+      for (int64_t i = 0; i < in_round; ++i) {
         const int64_t p = pair[i].p, q = pair[i].q;
         turns[i].pq = dot<T>(a + p * all_rows, a + q * all_rows, rows);
         turns[i].turned = needs_turn<T>(norms[p], norms[q], turns[i].pq, tolerance, floor);
@@ -182,8 +182,8 @@ void jacobi_sweeps(Vec<T>* a, int64_t rows_given, int64_t all_rows_given, int64_
       }
       if (sweep > 1 && !any<T>(turned)) continue;
       swept |= turned;
-      for (int64_t i = 0; i < per_round; ++i) find_turn<T>(norms[pair[i].p], norms[pair[i].q], turns[i]);
-      for (int64_t i = 0; i < per_round; ++i) {
+      for (int64_t i = 0; i < in_round; ++i) find_turn<T>(norms[pair[i].p], norms[pair[i].q], turns[i]);
+      for (int64_t i = 0; i < in_round; ++i) {
         rotate<T>(a + pair[i].p * all_rows, a + pair[i].q * all_rows, all_rows, turns[i].cosine, turns[i].sine);
       }
     }
@@ -193,14 +193,14 @@ void jacobi_sweeps(Vec<T>* a, int64_t rows_given, int64_t all_rows_given, int64_
 }
 
 template <class T, int Rows>
-void jacobi_of(Vec<T>* a, int64_t rows, int64_t all_rows, int64_t cols, const Pair* pairs, int64_t rounds, Turn<T>* turns,
+void jacobi_of(Vec<T>* a, int64_t rows, int64_t all_rows, int64_t cols, const Pair* pairs, Turn<T>* turns,
                Vec<T>* norms) {
   if constexpr (Rows > 16) {
-    jacobi_sweeps<T, 0>(a, rows, all_rows, cols, pairs, rounds, turns, norms);
+    jacobi_sweeps<T, 0>(a, rows, all_rows, cols, pairs, turns, norms);
   } else if (rows == Rows && all_rows == rows) {
-    jacobi_sweeps<T, Rows>(a, rows, rows, cols, pairs, rounds, turns, norms);
+    jacobi_sweeps<T, Rows>(a, rows, rows, cols, pairs, turns, norms);
   } else {
-    jacobi_of<T, Rows + 1>(a, rows, all_rows, cols, pairs, rounds, turns, norms);
+    jacobi_of<T, Rows + 1>(a, rows, all_rows, cols, pairs, turns, norms);
   }
 }
 
@@ -213,7 +213,10 @@ class Jacobi {
         pairs_(static_cast<Pair*>(malloc(sizeof(Pair) * (cols * cols / 2 + 1)))),
         turns_(static_cast<Turn<T>*>(aligned_alloc(64, (sizeof(Turn<T>) * (cols / 2 + 1) + 63) / 64 * 64))) {
     if (pairs_ == nullptr || turns_ == nullptr) abort();
-    rounds_ = tournament(cols, pairs_);
+    int32_t* const list = static_cast<int32_t*>(malloc(sizeof(int32_t) * (cols + 1)));
+    if (list == nullptr) abort();
+    odd_even_pairs(cols, list, pairs_);
+    free(list);
   }
   ~Jacobi() {
     free(pairs_);
@@ -224,7 +227,7 @@ class Jacobi {
 
   // As jacobi_sweeps, and sorts the columns by falling norm.
   void operator()(Vec<T>* a, int64_t rows, int64_t all_rows, Vec<T>* norms) const {
-    jacobi_of<T, 1>(a, rows, all_rows, cols_, pairs_, rounds_, turns_, norms);
+    jacobi_of<T, 1>(a, rows, all_rows, cols_, pairs_, turns_, norms);
     sort(a, all_rows, norms);
   }
 
@@ -251,7 +254,6 @@ class Jacobi {
   const int64_t cols_;
   Pair* const pairs_;
   Turn<T>* const turns_;
-  int64_t rounds_;
 };
 
 // Scales each of the first `count` columns to norm 1; kept[c] is 1 where it could be, 0 where σ_c is negligible. There the

@@ -32,9 +32,7 @@ def size(name: str, value: Tensor, axis: int, expected: int, source: str) -> Non
 def same(name: str, value: Tensor, other_name: str, other: Tensor, dtype: bool = True) -> None:
     """`value` is on the device of `other` and, unless `dtype` is False, of its dtype."""
     if value.device != other.device:
-        raise ValueError(
-            f"{name} is on {value.device}, {other_name} on {other.device}; they must be on the same device"
-        )
+        raise ValueError(f"{name} is on {value.device}, {other_name} on {other.device}; they must be on the same device")
     if dtype and value.dtype != other.dtype:
         raise TypeError(
             f"{name} is {_names((value.dtype,))}, {other_name} {_names((other.dtype,))}; they must be of the same dtype"
@@ -54,8 +52,7 @@ def accumulated(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
     same(name, value, other_name, other, dtype=False)
     if value.dtype != expected:
         raise TypeError(
-            f"{name} must be {_names((expected,))} where {other_name} is {_names((other.dtype,))}, "
-            f"got {_names((value.dtype,))}"
+            f"{name} must be {_names((expected,))} where {other_name} is {_names((other.dtype,))}, got {_names((value.dtype,))}"
         )
 
 
@@ -84,6 +81,4 @@ def output(y: Tensor) -> None:
     """`y` can be written in place: no two of its elements share memory."""
     for stride, length in zip(y.stride(), y.shape, strict=True):
         if stride == 0 and length > 1:
-            raise ValueError(
-                f"y has strides {list(y.stride())} for shape {list(y.shape)}: an expanded view can't be written"
-            )
+            raise ValueError(f"y has strides {list(y.stride())} for shape {list(y.shape)}: an expanded view can't be written")
