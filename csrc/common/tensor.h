@@ -60,9 +60,7 @@ inline void check_ids(const Ids& task_ids, int64_t n, int64_t lowest) {
   }
 }
 
-inline void check_same(bool same, const char* what) {
-  STD_TORCH_CHECK(same, "shapes or dtypes do not fit together: ", what);
-}
+inline void check_same(bool same, const char* what) { STD_TORCH_CHECK(same, "shapes or dtypes do not fit together: ", what); }
 
 // An empty [count, S, r] in the memory layout of like [., S, r]: positions innermost where they are in it.
 inline Tensor like_layout(const Tensor& like, int64_t count) {

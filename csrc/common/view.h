@@ -7,9 +7,7 @@ namespace rmm {
 
 enum class Dtype { f32, f16, bf16, f64 };
 
-constexpr int64_t element_size(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-}
+constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 struct View {
   char* data;
@@ -31,8 +29,7 @@ struct Ids {
   int64_t stride;
 
   int64_t operator[](int64_t t) const {
-    return wide ? reinterpret_cast<const int64_t*>(data)[t * stride]
-                : reinterpret_cast<const int32_t*>(data)[t * stride];
+    return wide ? reinterpret_cast<const int64_t*>(data)[t * stride] : reinterpret_cast<const int32_t*>(data)[t * stride];
   }
 };
 

@@ -22,10 +22,8 @@
   namespace avx512 {                  \
   signature;                          \
   }
-#define RMM_KERNEL(name)                             \
-  (::rmm::isa() == ::rmm::Isa::avx512 ? avx512::name \
-   : ::rmm::isa() == ::rmm::Isa::avx2 ? avx2::name   \
-                                      : baseline::name)
+#define RMM_KERNEL(name) \
+  (::rmm::isa() == ::rmm::Isa::avx512 ? avx512::name : ::rmm::isa() == ::rmm::Isa::avx2 ? avx2::name : baseline::name)
 #else
 #define RMM_DECLARE_KERNEL(signature) \
   namespace baseline {                \

@@ -153,8 +153,8 @@ RMM_INLINE void rotate(Vec<T>* p, Vec<T>* q, int64_t rows, Vec<T> cosine, Vec<T>
 // the rotations. norms[c] then holds the squared norms of the leading rows. Lanes that have converged are left as they are,
 // so that a lane's result does not depend on its neighbours. Rows is `rows` where that is known when compiling, else 0.
 template <class T, int Rows>
-void jacobi_sweeps(Vec<T>* a, int64_t rows_given, int64_t all_rows_given, int64_t cols, const Pair* pairs,
-                   Turn<T>* turns, Vec<T>* norms) {
+void jacobi_sweeps(Vec<T>* a, int64_t rows_given, int64_t all_rows_given, int64_t cols, const Pair* pairs, Turn<T>* turns,
+                   Vec<T>* norms) {
   const int64_t rows = Rows ? Rows : rows_given, all_rows = Rows ? Rows : all_rows_given;
   constexpr int kMaxSweeps = 15;
   // Rounding of a dot product grows with its length.
@@ -193,8 +193,7 @@ void jacobi_sweeps(Vec<T>* a, int64_t rows_given, int64_t all_rows_given, int64_
 }
 
 template <class T, int Rows>
-void jacobi_of(Vec<T>* a, int64_t rows, int64_t all_rows, int64_t cols, const Pair* pairs, Turn<T>* turns,
-               Vec<T>* norms) {
+void jacobi_of(Vec<T>* a, int64_t rows, int64_t all_rows, int64_t cols, const Pair* pairs, Turn<T>* turns, Vec<T>* norms) {
   if constexpr (Rows > 16) {
     jacobi_sweeps<T, 0>(a, rows, all_rows, cols, pairs, turns, norms);
   } else if (rows == Rows && all_rows == rows) {

@@ -15,8 +15,8 @@ namespace RMM_ISA {
 
 // delta[t] += weight[t] ⊙ Σ_j u[t][j] · w[j] at `Vecs` vectors of positions; a weight of null is 1.
 template <class T, int Tokens, int Vecs>
-RMM_INLINE void expand_tile(const T* w, int64_t row_stride, int64_t r, const T* u, const Vec<T>* weight,
-                            int64_t weight_stride, Vec<T>* delta) {
+RMM_INLINE void expand_tile(const T* w, int64_t row_stride, int64_t r, const T* u, const Vec<T>* weight, int64_t weight_stride,
+                            Vec<T>* delta) {
   Vec<T> sum[Tokens][Vecs] = {};
   for (int64_t j = 0; j < r; ++j) {
     Vec<T> row[Vecs];
@@ -44,8 +44,8 @@ void expand_tokens(int64_t tokens, const T* w, int64_t row_stride, int64_t r, co
   constexpr int vecs = 4;
   static_assert(kBlockVecs % vecs == 0);
   for (int v = 0; v < kBlockVecs; v += vecs) {
-    expand_tile<T, Tokens, vecs>(w + v * kLanes<T>, row_stride, r, u, weight == nullptr ? nullptr : weight + v,
-                                 weight_stride, delta + v);
+    expand_tile<T, Tokens, vecs>(w + v * kLanes<T>, row_stride, r, u, weight == nullptr ? nullptr : weight + v, weight_stride,
+                                 delta + v);
   }
 }
 

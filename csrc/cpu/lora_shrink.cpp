@@ -40,8 +40,8 @@ RMM_INLINE void shrink_tile(const T* w, int64_t row_stride, int64_t segment_stri
 
 // As shrink_tile, for 1 to Tokens tokens and any number of ranks.
 template <class T, int Tokens>
-void shrink_tokens(int64_t tokens, const T* w, int64_t row_stride, int64_t segment_stride, const T* const* z,
-                   int64_t segments, int64_t r, Vec<T>* sums) {
+void shrink_tokens(int64_t tokens, const T* w, int64_t row_stride, int64_t segment_stride, const T* const* z, int64_t segments,
+                   int64_t r, Vec<T>* sums) {
   if constexpr (Tokens > 1) {
     if (tokens < Tokens) return shrink_tokens<T, Tokens - 1>(tokens, w, row_stride, segment_stride, z, segments, r, sums);
   }

@@ -37,10 +37,10 @@ struct Bits<float> {
   using type = int32_t;
   static constexpr int mantissa = 23, bias = 127;
   static constexpr int32_t rsqrt_magic = 0x5f375a86;
-  static constexpr float tiny = 1e-30f;         // squares below this count as zero
+  static constexpr float tiny = 1e-30f;  // squares below this count as zero
   static constexpr float epsilon = 1.1920929e-7f;
   static constexpr float largest = 3.40282347e38f;
-  static constexpr float deficient = 1e-6f;     // σ below this fraction of the largest counts as zero
+  static constexpr float deficient = 1e-6f;  // σ below this fraction of the largest counts as zero
 };
 template <>
 struct Bits<double> {

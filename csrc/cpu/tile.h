@@ -18,9 +18,7 @@ struct BF16 {
 typedef uint32_t U32 __attribute__((vector_size(kBytes)));
 typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));
 
-RMM_INLINE Vec<float> widen(U16 bits, BF16) {
-  return (Vec<float>)(__builtin_convertvector(bits, U32) << 16);
-}
+RMM_INLINE Vec<float> widen(U16 bits, BF16) { return (Vec<float>)(__builtin_convertvector(bits, U32) << 16); }
 
 RMM_INLINE Vec<float> widen(U16 bits, F16) {
   const U32 wide = __builtin_convertvector(bits, U32);
