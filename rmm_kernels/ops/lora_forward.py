@@ -93,8 +93,7 @@ def _fake(y: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    y, x, *constants = inputs
-    ctx.save_for_backward(*constants)
+    ctx.save_for_backward(*inputs[2:])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

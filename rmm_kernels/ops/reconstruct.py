@@ -29,7 +29,8 @@ def reconstruct(basis: Tensor, coeff: Tensor, task_ids: Tensor) -> Tensor:
     _checks.same("coeff", coeff, "basis", basis)
     if basis.shape[0] != coeff.shape[1] + 1:
         raise ValueError(
-            f"basis holds {basis.shape[0]} components with the mean, coeff {coeff.shape[1]} coefficients; basis must hold one more"
+            f"basis holds {basis.shape[0]} components with the mean, coeff {coeff.shape[1]} coefficients; "
+            "basis must hold one more"
         )
     _checks.size("coeff", coeff, 2, basis.shape[1], "basis")
     _checks.tensor("task_ids", task_ids, "a", _checks.IDS)
