@@ -76,7 +76,7 @@ setup(
             libraries=["torch_cpu"],
             extra_compile_args=COMMON,
             extra_link_args=SANITIZE,
-            depends=[str(path) for path in sorted(SOURCES.rglob("*.h"))],
+            depends=[str(path) for path in sorted(SOURCES.rglob("*.[hc]*"))],
         )
     ],
     cmdclass={"build_ext": BuildPerInstructionSet},

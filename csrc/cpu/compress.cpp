@@ -77,27 +77,24 @@ class Compressor {
   }
 
   // x_ becomes the scaled and centred x, y_ its Helmert reduction y_i = x_i + x_0 / (√n − 1), i = 1 … n−1, stored as
-  // columns over ranks where Y is tall, over tasks where it is wide. Centred twice: what the first mean rounds off, the
-  // second takes.
+  // columns over ranks where Y is tall, over tasks where it is wide. The first task's vector goes first: exactly so where all
+  // share an offset, which then costs no accuracy, and equal vectors become exactly zero.
   void centre() {
     const T share = T(1) / static_cast<T>(n_);
     const T spread = n_ > 1 ? T(1) / (T(sqrt(static_cast<double>(n_))) - T(1)) : T(0);
     const int64_t along_task = tall_ ? r_ : 1, along_rank = tall_ ? 1 : columns_;
     for (int64_t j = 0; j < r_; ++j) {
       Vec<T>* const x = x_ + j;
+      const Vec<T> offset = x[0] * scale_.up1 * scale_.up2;
       Vec<T> sum{};
-      for (int64_t i = 0; i < n_; ++i) sum += x[i * r_] = x[i * r_] * scale_.up1 * scale_.up2;
-      const Vec<T> mean = share * sum;
-      sum = Vec<T>{};
-      for (int64_t i = 0; i < n_; ++i) sum += x[i * r_] -= mean;
-      const Vec<T> rest = share * sum;
-      mean_[j] = mean + rest;
-      x[0] -= rest;
-      const Vec<T> first = spread * x[0];
+      for (int64_t i = 1; i < n_; ++i) sum += x[i * r_] = x[i * r_] * scale_.up1 * scale_.up2 - offset;
+      const Vec<T> mean = share * sum, first = spread * mean;
+      mean_[j] = offset + mean;
+      x[0] = -mean;
       Vec<T>* const y = y_ + j * along_rank;
       for (int64_t i = 1; i < n_; ++i) {
-        x[i * r_] -= rest;
-        y[(i - 1) * along_task] = x[i * r_] + first;
+        x[i * r_] -= mean;
+        y[(i - 1) * along_task] = x[i * r_] - first;
       }
     }
   }
@@ -117,7 +114,7 @@ class Compressor {
   // u_ [p][r]: the leading left singular vectors of Y, completed to orthonormal ones.
   void components() {
     const int64_t live = p_ < k_ ? p_ : k_;
-    if (live > 0) orthonormalise<T>(core_, k_, k_, live, norms_, kept_);
+    if (live > 0) orthonormalise<T>(core_, k_, live, norms_, kept_);
     for (int64_t c = 0; c < p_; ++c) {
       for (int64_t j = 0; j < r_; ++j) {
         u_[c * r_ + j] = c < live && j < k_ ? core_[c * k_ + j] : splat<T>(c >= live && j == c ? 1 : 0);
@@ -125,10 +122,10 @@ class Compressor {
     }
     if (k_ > 0 && tall_) apply_q<T>(y_, tau_, r_, k_, u_, p_);
     for (int64_t c = 0; c < p_; ++c) {
-      // Their norms are 1 to a few roundings; one Newton step makes that one.
-      const Vec<T> square = dot<T>(u_ + c * r_, u_ + c * r_, r_);
-      const Vec<T> factor = peak_sign<T>(u_ + c * r_, r_) * (T(1.5) - T(0.5) * square);
-      for (int64_t j = 0; j < r_; ++j) u_[c * r_ + j] = u_[c * r_ + j] * factor + T(0);
+      Vec<T>* const u = u_ + c * r_;
+      polish_norm<T>(u, r_);
+      const Vec<T> sign = peak_sign<T>(u, r_, args_.basis.dtype);
+      for (int64_t j = 0; j < r_; ++j) u[j] = u[j] * sign + T(0);
     }
   }
 

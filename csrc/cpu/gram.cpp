@@ -28,9 +28,10 @@ void gram_groups(const GramArgs& args, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < k * k; ++i) sums[i] = Vec<T>{};
     for (int64_t i = 0; i < m; ++i) {
       load_tile<T>(x.dtype, x.at(first, i), x.stride[0], x.stride[2], lanes, k, row);
-      if (args.center) {
+      if (args.center) {  // the first column goes first: exactly so where all columns share an offset
+        const Vec<T> offset = row[0];
         Vec<T> mean{};
-        for (int64_t a = 0; a < k; ++a) mean += row[a];
+        for (int64_t a = 0; a < k; ++a) mean += row[a] -= offset;
         mean *= share;
         for (int64_t a = 0; a < k; ++a) row[a] -= mean;
       }
@@ -69,6 +70,7 @@ Tensor gram_op(Tensor x, bool center) {
   if (k > kLargestLaneGram || batch < lanes(in.dtype)) {
     Tensor wide = torch::stable::to(x, accumulator(x));
     if (center && k > 0) {
+      wide = torch::stable::subtract(wide, torch::stable::narrow(wide, 2, 0, 1));
       const int64_t over_columns[] = {2};
       const Tensor sum = torch::stable::sum(wide, torch::headeronly::IntHeaderOnlyArrayRef(over_columns, 1), true);
       wide = torch::stable::subtract(wide, sum, 1.0 / static_cast<double>(k));

@@ -5,21 +5,20 @@
 
 #include <math.h>
 
-#include "simd.h"
+#include "tile.h"
 
 namespace rmm {
 namespace RMM_ISA {
 
 template <class T>
 RMM_INLINE Vec<T> dot(const Vec<T>* a, const Vec<T>* b, int64_t rows) {
-  Vec<T> even{}, odd{};  // two chains, so that one does not wait for the other
+  Vec<T> sum[4] = {};  // four chains: one does not wait for the other, and each rounds less
   int64_t i = 0;
-  for (; i + 2 <= rows; i += 2) {
-    even += a[i] * b[i];
-    odd += a[i + 1] * b[i + 1];
+  for (; i + 4 <= rows; i += 4) {
+    for (int c = 0; c < 4; ++c) sum[c] += a[i + c] * b[i + c];
   }
-  if (i < rows) even += a[i] * b[i];
-  return even + odd;
+  for (int c = 0; i < rows; ++i, ++c) sum[c] += a[i] * b[i];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 // out[c] = a · columns[c], c < count.
@@ -48,8 +47,7 @@ void householder(Vec<T>* a, int64_t rows, int64_t cols, Vec<T>* tau, Vec<T>* dia
     const Vec<T> safe = select<T>(live, square, splat<T>(1));
     const Vec<T> norm = safe * rsqrt<T>(safe);
     const Vec<T> first = v[0];
-    const Vec<T> inverse_root = rsqrt<T>(safe + abs<T>(first) * norm);
-    tau[j] = select<T>(live, inverse_root * inverse_root, splat<T>(0));
+    tau[j] = select<T>(live, T(2) / (safe + norm * (T(2) * abs<T>(first) + norm)), splat<T>(0));  // 2 / vᵀv
     diagonal[j] = select<T>(live, copy_sign<T>(-norm, -first), first);
     v[0] = first + copy_sign<T>(norm, first);
     for (int64_t k = j + 1; k < cols; ++k) {
@@ -150,15 +148,15 @@ RMM_INLINE void rotate(Vec<T>* p, Vec<T>* q, int64_t rows, Vec<T> cosine, Vec<T>
 }
 
 // One-sided Jacobi: rotates the `cols` columns until the leading `rows` of each are orthogonal, `all_rows` taking part in
-// the rotations. norms[c] then holds the squared norms of the leading rows. Lanes that have converged are left as they are,
-// so that a lane's result does not depend on its neighbours. Rows is `rows` where that is known when compiling, else 0.
+// the rotations: started from an identity, the rows beneath gather them. norms[c] then holds the squared norms of the leading
+// rows. Lanes that have converged are left as they are, so that a lane's result does not depend on its neighbours. Rows is
+// `rows` where that is known when compiling, else 0.
 template <class T, int Rows>
 void jacobi_sweeps(Vec<T>* a, int64_t rows_given, int64_t all_rows_given, int64_t cols, const Pair* pairs, Turn<T>* turns,
                    Vec<T>* norms) {
   const int64_t rows = Rows ? Rows : rows_given, all_rows = Rows ? Rows : all_rows_given;
   constexpr int kMaxSweeps = 15;
-  // Rounding of a dot product grows with its length.
-  const T tolerance = T(3.4) * Bits<T>::epsilon * (rows > 16 ? T(sqrt(rows / 16.0)) : T(1));
+  const T tolerance = T(3.4) * Bits<T>::epsilon;
   Vec<T> floor{};
   for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
     for (int64_t c = 0; c < cols; ++c) norms[c] = dot<T>(a + c * all_rows, a + c * all_rows, rows);
@@ -255,53 +253,67 @@ class Jacobi {
   Turn<T>* const turns_;
 };
 
-// Scales each of the first `count` columns to norm 1; kept[c] is 1 where it could be, 0 where σ_c is negligible. There the
-// column becomes what is left of the unit vector that sticks out most of the columns before it (twice Gram–Schmidt).
+// In the lanes of `dead`, column c becomes what is left of the unit vector that sticks out most of the columns before it, those
+// being orthonormal (twice Gram–Schmidt). By lanes, because hardly any need it.
 template <class T>
-void orthonormalise(Vec<T>* a, int64_t rows, int64_t all_rows, int64_t count, const Vec<T>* norms, Vec<T>* kept) {
-  const T limit = Bits<T>::deficient * Bits<T>::deficient;
-  for (int64_t c = 0; c < count; ++c) {
-    const Mask<T> live = (norms[c] > limit * norms[0]) & (norms[c] > Bits<T>::tiny);
-    kept[c] = select<T>(live, splat<T>(1), splat<T>(0));
-    const Vec<T> inverse = select<T>(live, rsqrt<T>(select<T>(live, norms[c], splat<T>(1))), splat<T>(0));
-    Vec<T>* column = a + c * all_rows;
-    for (int64_t i = 0; i < rows; ++i) column[i] = column[i] * inverse + T(0);  // + 0: no −0, whatever the neighbours did
-    if (!any<T>(~live)) continue;
-
-    for (int lane = 0; lane < kLanes<T>; ++lane) {
-      if (live[lane]) continue;
-      int64_t best = 0;
-      T most = -1;
-      for (int64_t i = 0; i < rows; ++i) {
-        T left = 1;
-        for (int64_t b = 0; b < c; ++b) left -= a[b * all_rows + i][lane] * a[b * all_rows + i][lane];
-        if (left > most + T(1e-3)) most = left, best = i;  // by a margin, so that rounding does not decide
+void complete(Vec<T>* columns, int64_t rows, int64_t c, Mask<T> dead) {
+  Vec<T>* const column = columns + c * rows;
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    if (!dead[lane]) continue;
+    int64_t best = 0;
+    T most = -1;
+    for (int64_t i = 0; i < rows; ++i) {
+      T left = 1;
+      for (int64_t b = 0; b < c; ++b) left -= columns[b * rows + i][lane] * columns[b * rows + i][lane];
+      if (left > most + T(1e-3)) most = left, best = i;  // by a margin, so that rounding does not decide
+    }
+    for (int64_t i = 0; i < rows; ++i) column[i][lane] = T(i == best ? 1 : 0);
+    for (int pass = 0; pass < 2; ++pass) {
+      for (int64_t b = 0; b < c; ++b) {
+        const Vec<T>* const before = columns + b * rows;
+        T along = 0;
+        for (int64_t i = 0; i < rows; ++i) along += column[i][lane] * before[i][lane];
+        for (int64_t i = 0; i < rows; ++i) column[i][lane] -= along * before[i][lane];
       }
-      column[best][lane] = 1;
-      for (int pass = 0; pass < 2; ++pass) {
-        for (int64_t b = 0; b < c; ++b) {
-          T along = 0;
-          for (int64_t i = 0; i < rows; ++i) along += column[i][lane] * a[b * all_rows + i][lane];
-          for (int64_t i = 0; i < rows; ++i) column[i][lane] -= along * a[b * all_rows + i][lane];
-        }
-        T square = 0;
-        for (int64_t i = 0; i < rows; ++i) square += column[i][lane] * column[i][lane];
-        const T inverse_norm = T(1) / T(sqrt(square));
-        for (int64_t i = 0; i < rows; ++i) column[i][lane] *= inverse_norm;
-      }
+      T square = 0;
+      for (int64_t i = 0; i < rows; ++i) square += column[i][lane] * column[i][lane];
+      const T inverse = T(1) / T(sqrt(square));
+      for (int64_t i = 0; i < rows; ++i) column[i][lane] *= inverse;
     }
   }
 }
 
-// ±1 per lane: the sign of the component of largest magnitude, the lowest index on ties.
+// Scales each of the first `count` columns, of falling squared norms, to norm 1; kept[c] is 1 where it could be, 0 where σ_c is
+// negligible and the column was completed.
 template <class T>
-RMM_INLINE Vec<T> peak_sign(const Vec<T>* column, int64_t rows) {
+void orthonormalise(Vec<T>* columns, int64_t rows, int64_t count, const Vec<T>* norms, Vec<T>* kept) {
+  const T limit = Bits<T>::deficient * Bits<T>::deficient;
+  for (int64_t c = 0; c < count; ++c) {
+    const Mask<T> live = (norms[c] > limit * norms[0]) & (norms[c] > Bits<T>::tiny);
+    kept[c] = select<T>(live, splat<T>(1), splat<T>(0));
+    const Vec<T> inverse = rsqrt<T>(select<T>(live, norms[c], splat<T>(1)));
+    Vec<T>* const column = columns + c * rows;
+    for (int64_t i = 0; i < rows; ++i) column[i] = column[i] * inverse + T(0);  // + 0: no −0, whatever the neighbours did
+    if (any<T>(~live)) complete<T>(columns, rows, c, ~live);
+  }
+}
+
+// A Newton step towards norm 1, for a vector that has it to a few roundings.
+template <class T>
+RMM_INLINE void polish_norm(Vec<T>* vector, int64_t rows) {
+  const Vec<T> factor = T(1.5) - T(0.5) * dot<T>(vector, vector, rows);
+  for (int64_t i = 0; i < rows; ++i) vector[i] *= factor;
+}
+
+// ±1 per lane: the sign of the component of largest magnitude, the lowest index on ties, as the vector will be stored.
+template <class T>
+RMM_INLINE Vec<T> peak_sign(const Vec<T>* vector, int64_t rows, Dtype stored) {
   Vec<T> best{}, value{};
   for (int64_t i = 0; i < rows; ++i) {
-    const Vec<T> magnitude = abs<T>(column[i]);
+    const Vec<T> rounded = as_stored<T>(stored, vector[i]), magnitude = abs<T>(rounded);
     const Mask<T> larger = magnitude > best;
     best = select<T>(larger, magnitude, best);
-    value = select<T>(larger, column[i], value);
+    value = select<T>(larger, rounded, value);
   }
   return select<T>(value < T(0), splat<T>(-1), splat<T>(1));
 }

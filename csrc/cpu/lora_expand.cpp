@@ -15,7 +15,7 @@ namespace RMM_ISA {
 
 // delta[t] += weight[t] ⊙ Σ_j u[t][j] · w[j] at `Vecs` vectors of positions; a weight of null is 1.
 template <class T, int Tokens, int Vecs>
-RMM_INLINE void expand_tile(const T* w, int64_t row_stride, int64_t r, const T* u, const Vec<T>* weight, int64_t weight_stride,
+RMM_INLINE void expand_tile(const T* w, int64_t row_stride, int64_t r, const T* u, const T* const* weight, int64_t offset,
                             Vec<T>* delta) {
   Vec<T> sum[Tokens][Vecs] = {};
   for (int64_t j = 0; j < r; ++j) {
@@ -29,35 +29,44 @@ RMM_INLINE void expand_tile(const T* w, int64_t row_stride, int64_t r, const T* 
   for (int t = 0; t < Tokens; ++t) {
     for (int v = 0; v < Vecs; ++v) {
       Vec<T>& to = delta[t * kBlockVecs + v];
-      to += weight == nullptr ? sum[t][v] : weight[t * weight_stride + v] * sum[t][v];
+      to += weight == nullptr ? sum[t][v] : load(weight[t] + offset + v * kLanes<T>) * sum[t][v];
     }
   }
 }
 
 // As expand_tile, for 1 to Tokens tokens and a whole block.
 template <class T, int Tokens>
-void expand_tokens(int64_t tokens, const T* w, int64_t row_stride, int64_t r, const T* u, const Vec<T>* weight,
-                   int64_t weight_stride, Vec<T>* delta) {
+void expand_tokens(int64_t tokens, const T* w, int64_t row_stride, int64_t r, const T* u, const T* const* weight,
+                   Vec<T>* delta) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return expand_tokens<T, Tokens - 1>(tokens, w, row_stride, r, u, weight, weight_stride, delta);
+    if (tokens < Tokens) return expand_tokens<T, Tokens - 1>(tokens, w, row_stride, r, u, weight, delta);
   }
   constexpr int vecs = 4;
   static_assert(kBlockVecs % vecs == 0);
   for (int v = 0; v < kBlockVecs; v += vecs) {
-    expand_tile<T, Tokens, vecs>(w + v * kLanes<T>, row_stride, r, u, weight == nullptr ? nullptr : weight + v, weight_stride,
-                                 delta + v);
+    expand_tile<T, Tokens, vecs>(w + v * kLanes<T>, row_stride, r, u, weight, v * kLanes<T>, delta + v);
   }
+}
+
+// y += delta over one block.
+template <class T>
+void add_block(Dtype dtype, char* y, int64_t stride, int64_t width, const Vec<T>* delta, Vec<T>* room) {
+  const bool plain = element_size(dtype) == sizeof(T) && stride == 1 && width == kBlock<T>;
+  if (!plain) load_row<T>(dtype, y, stride, width, room);
+  T* const at = plain ? reinterpret_cast<T*>(y) : reinterpret_cast<T*>(room);
+  for (int v = 0; v < kBlockVecs; ++v) store(at + v * kLanes<T>, load(at + v * kLanes<T>) + delta[v]);
+  if (!plain) store_row<T>(dtype, y, stride, width, room);
 }
 
 template <class T>
 void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int64_t end) {
   const View &y = args.y, &basis = args.basis, &coeff = args.coeff;
   const int64_t r = basis.size[2], p = coeff.size[1], count = end - begin, blocks = blocks_of(count, kBlock<T>);
-  const int64_t rows = r * kBlockVecs, weights = p * kBlockVecs, u_vecs = (chunk.count * r) / kLanes<T> + 1;
-  Scratch<T> scratch((p + 2) * blocks * rows + kTokens * (weights + kBlockVecs) + kBlockVecs + u_vecs);
+  const int64_t rows = r * kBlockVecs, u_vecs = (chunk.count * r) / kLanes<T> + 1;
+  Scratch<T> scratch((p + 2) * blocks * rows + 2 * kTokens * kBlockVecs + kBlockVecs + u_vecs);
   Vec<T>* const packed = scratch.take((p + 1) * blocks * rows);
   Vec<T>* const factor = scratch.take(blocks * rows);
-  Vec<T>* const weight = scratch.take(kTokens * weights);
+  Vec<T>* const weights = scratch.take(kTokens * kBlockVecs);
   Vec<T>* const delta = scratch.take(kTokens * kBlockVecs);
   Vec<T>* const row = scratch.take(kBlockVecs);
   T* const u = reinterpret_cast<T*>(scratch.take(u_vecs));  // [chunk.count, r], scaled
@@ -79,25 +88,20 @@ void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int
         const int64_t width = end - position < kBlock<T> ? end - position : kBlock<T>;
         for (int64_t v = 0; v < tokens * kBlockVecs; ++v) delta[v] = Vec<T>{};
         if (alone == 0) {
-          expand_tokens<T, kTokens>(tokens, own.at(block, 0), own.rank, r, u + first * r, nullptr, 0, delta);
+          expand_tokens<T, kTokens>(tokens, own.at(block, 0), own.rank, r, u + first * r, nullptr, delta);
         } else {
-          for (int64_t t = 0; t < tokens; ++t) {
-            for (int64_t k = 0; k < p; ++k) {
-              load_row<T>(coeff.dtype, coeff.at(chunk.tasks[first + t], k, position), coeff.stride[2], width,
-                          weight + t * weights + k * kBlockVecs);
-            }
-          }
-          expand_tokens<T, kTokens>(tokens, panel.at(block, 0), panel.rank, r, u + first * r, nullptr, 0, delta);
+          expand_tokens<T, kTokens>(tokens, panel.at(block, 0), panel.rank, r, u + first * r, nullptr, delta);
           for (int64_t k = 0; k < p; ++k) {
-            expand_tokens<T, kTokens>(tokens, panel.at(block, k + 1), panel.rank, r, u + first * r, weight + k * kBlockVecs,
-                                      weights, delta);
+            const T* weight[kTokens];
+            for (int64_t t = 0; t < tokens; ++t) {
+              const char* const at = coeff.at(chunk.tasks[first + t], k, position);
+              weight[t] = row_of<T>(coeff.dtype, at, coeff.stride[2], width, weights + t * kBlockVecs);
+            }
+            expand_tokens<T, kTokens>(tokens, panel.at(block, k + 1), panel.rank, r, u + first * r, weight, delta);
           }
         }
         for (int64_t t = 0; t < tokens; ++t) {
-          char* const to = y.at(chunk.order[first + t], position);
-          load_row<T>(y.dtype, to, y.stride[1], width, row);
-          for (int v = 0; v < kBlockVecs; ++v) row[v] += delta[t * kBlockVecs + v];
-          store_row<T>(y.dtype, to, y.stride[1], width, row);
+          add_block<T>(y.dtype, y.at(chunk.order[first + t], position), y.stride[1], width, delta + t * kBlockVecs, row);
         }
       }
     }

@@ -18,10 +18,7 @@ namespace RMM_ISA {
 template <class T, int Tokens, int Rows>
 RMM_INLINE void shrink_tile(const T* w, int64_t row_stride, int64_t segment_stride, const T* const* z, int64_t segments,
                             Vec<T>* sums, int64_t sums_stride) {
-  Vec<T> sum[Tokens][Rows];
-  for (int t = 0; t < Tokens; ++t) {
-    for (int j = 0; j < Rows; ++j) sum[t][j] = sums[t * sums_stride + j];
-  }
+  Vec<T> sum[Tokens][Rows] = {};
   for (int64_t s = 0; s < segments; ++s) {
     const T* const ws = w + s * segment_stride;
     for (int v = 0; v < kBlockVecs; ++v) {
@@ -34,7 +31,7 @@ RMM_INLINE void shrink_tile(const T* w, int64_t row_stride, int64_t segment_stri
     }
   }
   for (int t = 0; t < Tokens; ++t) {
-    for (int j = 0; j < Rows; ++j) sums[t * sums_stride + j] = sum[t][j];
+    for (int j = 0; j < Rows; ++j) sums[t * sums_stride + j] += sum[t][j];
   }
 }
 
@@ -173,7 +170,7 @@ void shrink(const TokenPlan& plan, const View& x, const View& basis_a, const Vie
   const int64_t r = basis_a.size[1], width = x.size[1], chunks = plan.chunks();
   // The spans' sums are added in order. How many there are depends on the shapes only, so that results do not depend on the
   // threads.
-  const int64_t parts = (width + kSpan - 1) / kSpan, room = kChunk * r;
+  const int64_t parts = std::max<int64_t>(1, (width + kSpan - 1) / kSpan), room = kChunk * r;
   std::vector<T> sums(chunks * parts * room);
   const auto kernel = RMM_KERNEL(lora_shrink);
   const int64_t work = static_cast<int64_t>(plan.order.size()) * r * width;

@@ -73,6 +73,16 @@ RMM_INLINE void store_as(To* to, Vec<T> v) {
   }
 }
 
+// What storing a value leaves of it.
+template <class T>
+RMM_INLINE Vec<T> as_stored(Dtype dtype, Vec<T> v) {
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == Dtype::f16) return widen(narrow(v, F16{}), F16{});
+    if (dtype == Dtype::bf16) return widen(narrow(v, BF16{}), BF16{});
+  }
+  return v;
+}
+
 // One value, by the same arithmetic as a vector of them.
 template <class T, class From>
 RMM_INLINE T scalar_as(const From* from) {

@@ -1,8 +1,8 @@
 // truncated_svd: QR and one-sided Jacobi, one matrix per lane.
 //
-// The tall one of X and Xᵀ, M × N, is factored QR; Jacobi makes R's columns orthogonal, the rotations being gathered in V
-// beneath R. Then the tall side's vectors are Q times R's normalised columns, the short side's are V, and σ is the columns'
-// norm, freed of the drift in length that V's columns show.
+// The tall one of X and Xᵀ, A [M, N], is factored QR, and Jacobi makes R's columns orthogonal by rotations gathered in V
+// beneath R. V, made orthonormal once more, is the short side's vectors. A V is then formed from A itself, free of what QR and
+// rotations rounded on the way: its columns' norms are σ, and its normalised columns the tall side's vectors.
 
 #include "jacobi.h"
 #include "tile.h"
@@ -18,81 +18,155 @@ RMM_DECLARE_KERNEL(void truncated_svd(const SvdArgs& args, int64_t begin, int64_
 
 namespace RMM_ISA {
 
+// Takes out of vectors[c], of norm 1 or 0, what it has of the ones before it, twice, and makes its norm 1; where nothing is
+// left of it, completes it. In falling order of σ, so that the large ones stay as they are.
 template <class T>
-void svd_groups(const SvdArgs& args, int64_t begin, int64_t end) {
-  const View& x = args.x;
-  const bool tall = x.size[1] >= x.size[2];
-  const int64_t batch = x.size[0], rank = args.s.size[1];
-  const int64_t m = tall ? x.size[1] : x.size[2], n = tall ? x.size[2] : x.size[1];
-  const int64_t along_m = x.stride[tall ? 1 : 2], along_n = x.stride[tall ? 2 : 1];
-  const Jacobi<T> jacobi(n);
-  Scratch<T> scratch(m * n + 2 * n * n + 4 * n + m + n);
-  Vec<T>*a = scratch.take(m * n), *core = scratch.take(2 * n * n);
-  Vec<T>*tau = scratch.take(n), *diagonal = scratch.take(n), *norms = scratch.take(n), *kept = scratch.take(n);
-  Vec<T>*left = scratch.take(m), *row = scratch.take(n);
-  const Vec<T> zero{}, nan = zero / zero;
+void orthogonalise(Vec<T>* vectors, int64_t rows, int64_t c) {
+  Vec<T>* const vector = vectors + c * rows;
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int64_t b = 0; b < c; ++b) {
+      const Vec<T>* const before = vectors + b * rows;
+      const Vec<T> along = dot<T>(before, vector, rows);
+      for (int64_t i = 0; i < rows; ++i) vector[i] -= along * before[i];
+    }
+    const Vec<T> square = dot<T>(vector, vector, rows);
+    const Mask<T> live = square > T(1e4) * Bits<T>::epsilon * Bits<T>::epsilon;
+    const Vec<T> inverse = rsqrt<T>(select<T>(live, square, splat<T>(1)));
+    for (int64_t i = 0; i < rows; ++i) vector[i] *= inverse;
+    if (any<T>(~live)) complete<T>(vectors, rows, c, ~live);
+  }
+  polish_norm<T>(vector, rows);
+}
 
-  for (int64_t group = begin; group < end; ++group) {
-    const int64_t first = group * kLanes<T>;
-    const int lanes = batch - first < kLanes<T> ? static_cast<int>(batch - first) : kLanes<T>;
+template <class T>
+class Decomposer {
+ public:
+  explicit Decomposer(const SvdArgs& args)
+      : args_(args),
+        tall_(args.x.size[1] >= args.x.size[2]),
+        m_(args.x.size[tall_ ? 1 : 2]),
+        n_(args.x.size[tall_ ? 2 : 1]),
+        rank_(args.s.size[1]),
+        jacobi_(n_),
+        scratch_(2 * m_ * n_ + 2 * n_ * n_ + 4 * n_ + rank_ * (m_ + n_ + 1)),
+        a_(scratch_.take(m_ * n_)),
+        qr_(scratch_.take(m_ * n_)),
+        core_(scratch_.take(2 * n_ * n_)),
+        tau_(scratch_.take(n_)),
+        diagonal_(scratch_.take(n_)),
+        norms_(scratch_.take(n_)),
+        row_(scratch_.take(n_)),
+        left_(scratch_.take(rank_ * m_)),
+        right_(scratch_.take(rank_ * n_)),
+        sigma_(scratch_.take(rank_)) {}
+
+  void group(int64_t first) {
+    const int64_t left = args_.x.size[0] - first;
+    const int lanes = left < kLanes<T> ? static_cast<int>(left) : kLanes<T>;
+    load(first, lanes);
+    for (int64_t i = 0; i < m_ * n_; ++i) qr_[i] = a_[i];
+    householder<T>(qr_, m_, n_, tau_, diagonal_);
+    for (int64_t c = 0; c < n_; ++c) {
+      for (int64_t i = 0; i < n_; ++i) {
+        core_[c * 2 * n_ + i] = i < c ? qr_[c * m_ + i] : i == c ? diagonal_[c] : Vec<T>{};
+        core_[c * 2 * n_ + n_ + i] = splat<T>(i == c ? 1 : 0);
+      }
+    }
+    jacobi_(core_, n_, 2 * n_, norms_);
+    vectors();
+    write(first, lanes);
+  }
+
+ private:
+  // a_ [column of n][m]: the matrices, the longer side as m, scaled by a power of two; 0 where one is not finite.
+  void load(int64_t first, int lanes) {
+    const View& x = args_.x;
+    const int64_t along_m = x.stride[tall_ ? 1 : 2], along_n = x.stride[tall_ ? 2 : 1], size = element_size(x.dtype);
     char* const from = x.at(first);
-    const int64_t size = element_size(x.dtype);
     if (along_m <= along_n) {
-      for (int64_t c = 0; c < n; ++c) {
-        load_tile<T>(x.dtype, from + c * along_n * size, x.stride[0], along_m, lanes, m, a + c * m);
+      for (int64_t c = 0; c < n_; ++c) {
+        load_tile<T>(x.dtype, from + c * along_n * size, x.stride[0], along_m, lanes, m_, a_ + c * m_);
       }
     } else {
-      for (int64_t i = 0; i < m; ++i) {
-        load_tile<T>(x.dtype, from + i * along_m * size, x.stride[0], along_n, lanes, n, row);
-        for (int64_t c = 0; c < n; ++c) a[c * m + i] = row[c];
+      for (int64_t i = 0; i < m_; ++i) {
+        load_tile<T>(x.dtype, from + i * along_m * size, x.stride[0], along_n, lanes, n_, row_);
+        for (int64_t c = 0; c < n_; ++c) a_[c * m_ + i] = row_[c];
       }
     }
     Vec<T> largest{};
-    Mask<T> finite = ~Mask<T>{};
-    for (int64_t i = 0; i < m * n; ++i) {
-      const Vec<T> magnitude = abs<T>(a[i]);
-      finite &= magnitude <= Bits<T>::largest;
+    finite_ = ~Mask<T>{};
+    for (int64_t i = 0; i < m_ * n_; ++i) {
+      const Vec<T> magnitude = abs<T>(a_[i]);
+      finite_ &= magnitude <= Bits<T>::largest;
       largest = magnitude > largest ? magnitude : largest;
     }
-    largest = select<T>(finite, largest, zero);
-    const Scale<T> scale = scale_of<T>(largest);
-    for (int64_t i = 0; i < m * n; ++i) a[i] = select<T>(finite, a[i], zero) * scale.up1 * scale.up2;
+    scale_ = scale_of<T>(select<T>(finite_, largest, Vec<T>{}));
+    for (int64_t i = 0; i < m_ * n_; ++i) a_[i] = select<T>(finite_, a_[i], Vec<T>{}) * scale_.up1 * scale_.up2;
+  }
 
-    householder<T>(a, m, n, tau, diagonal);
-    for (int64_t c = 0; c < n; ++c) {
-      for (int64_t i = 0; i < n; ++i) {
-        core[c * 2 * n + i] = i < c ? a[c * m + i] : i == c ? diagonal[c] : zero;
-        core[c * 2 * n + n + i] = splat<T>(i == c ? 1 : 0);
+  // right_ = V, left_ = A V normalised, σ, and the signs.
+  void vectors() {
+    for (int64_t c = 0; c < rank_; ++c) {
+      Vec<T>*const left = left_ + c * m_, *const right = right_ + c * n_;
+      for (int64_t i = 0; i < n_; ++i) right[i] = core_[c * 2 * n_ + n_ + i];
+      orthogonalise<T>(right_, n_, c);
+      for (int64_t i = 0; i < m_; ++i) left[i] = Vec<T>{};
+      for (int64_t j = 0; j < n_; j += 8) {  // eight at a time rounds less than one by one
+        const int64_t some = n_ - j < 8 ? n_ - j : 8;
+        for (int64_t i = 0; i < m_; ++i) {
+          Vec<T> sum{};
+          for (int64_t b = j; b < j + some; ++b) sum += a_[b * m_ + i] * right[b];
+          left[i] += sum;
+        }
       }
-    }
-    jacobi(core, n, 2 * n, norms);
-    orthonormalise<T>(core, n, 2 * n, rank, norms, kept);
-
-    for (int64_t c = 0; c < rank; ++c) {
-      for (int64_t i = 0; i < m; ++i) left[i] = i < n ? core[c * 2 * n + i] : zero;
-      apply_q<T>(a, tau, m, n, left, 1);
-      Vec<T>* const right = core + c * 2 * n + n;
-      const Vec<T> drift = rsqrt<T>(dot<T>(right, right, n));
-      const Vec<T> square = dot<T>(left, left, m);
-      const Vec<T> sign = peak_sign<T>(tall ? left : right, tall ? m : n);
-      for (int64_t i = 0; i < m; ++i) {
-        left[i] = select<T>(finite, left[i] * (sign * (T(1.5) - T(0.5) * square)) + T(0), nan);
-      }
-      for (int64_t i = 0; i < n; ++i) right[i] = select<T>(finite, right[i] * (sign * drift) + T(0), nan);
-      const Vec<T> norm = norms[c] > Bits<T>::tiny ? norms[c] * rsqrt<T>(norms[c]) : zero;
-      const Vec<T> sigma = select<T>(finite, norm * drift * scale.down2 * scale.down1, nan);
-
-      const View &u = tall ? args.u : args.vh, &v = tall ? args.vh : args.u;
-      const int64_t u_rank = tall ? 2 : 1, u_long = tall ? 1 : 2;
-      store_tile<T>(u.dtype, u.at(first) + c * u.stride[u_rank] * size, u.stride[0], u.stride[u_long], lanes, m, left);
-      store_tile<T>(v.dtype, v.at(first) + c * v.stride[u_long] * size, v.stride[0], v.stride[u_rank], lanes, n, right);
-      store_tile<T>(args.s.dtype, args.s.at(first, c), args.s.stride[0], 1, lanes, 1, &sigma);
+      const Vec<T> square = dot<T>(left, left, m_);
+      const Mask<T> live = square > Bits<T>::tiny;
+      const Vec<T> inverse = select<T>(live, rsqrt<T>(select<T>(live, square, splat<T>(1))), Vec<T>{});
+      sigma_[c] = square * inverse;
+      if (c > 0) sigma_[c] = sigma_[c] < sigma_[c - 1] ? sigma_[c] : sigma_[c - 1];  // equal ones may differ by a rounding
+      for (int64_t i = 0; i < m_; ++i) left[i] *= inverse;
+      orthogonalise<T>(left_, m_, c);
+      const Vec<T> sign = peak_sign<T>(tall_ ? left : right, tall_ ? m_ : n_, args_.x.dtype);
+      for (int64_t i = 0; i < m_; ++i) left[i] = left[i] * sign + T(0);
+      for (int64_t i = 0; i < n_; ++i) right[i] = right[i] * sign + T(0);
     }
   }
+
+  void write(int64_t first, int lanes) {
+    const Vec<T> nan = Vec<T>{} / Vec<T>{};
+    if (any<T>(~finite_)) {
+      for (int64_t i = 0; i < rank_ * m_; ++i) left_[i] = select<T>(finite_, left_[i], nan);
+      for (int64_t i = 0; i < rank_ * n_; ++i) right_[i] = select<T>(finite_, right_[i], nan);
+    }
+    const View &u = args_.u, &s = args_.s, &vh = args_.vh;
+    const Vec<T>*const us = tall_ ? left_ : right_, *const vs = tall_ ? right_ : left_;
+    const int64_t m = u.size[1], k = vh.size[2];
+    for (int64_t c = 0; c < rank_; ++c) {
+      store_tile<T>(u.dtype, u.at(first, 0, c), u.stride[0], u.stride[1], lanes, m, us + c * m);
+      store_tile<T>(vh.dtype, vh.at(first, c), vh.stride[0], vh.stride[2], lanes, k, vs + c * k);
+      sigma_[c] = select<T>(finite_, sigma_[c] * scale_.down2 * scale_.down1, nan);
+    }
+    store_tile<T>(s.dtype, s.at(first), s.stride[0], s.stride[1], lanes, rank_, sigma_);
+  }
+
+  const SvdArgs& args_;
+  const bool tall_;
+  const int64_t m_, n_, rank_;
+  const Jacobi<T> jacobi_;
+  Scratch<T> scratch_;
+  Vec<T>*a_, *qr_, *core_, *tau_, *diagonal_, *norms_, *row_, *left_, *right_, *sigma_;
+  Scale<T> scale_;
+  Mask<T> finite_;
+};
+
+template <class T>
+void decompose_groups(const SvdArgs& args, int64_t begin, int64_t end) {
+  Decomposer<T> decomposer(args);
+  for (int64_t group = begin; group < end; ++group) decomposer.group(group * kLanes<T>);
 }
 
 void truncated_svd(const SvdArgs& args, int64_t begin, int64_t end) {
-  args.x.dtype == Dtype::f64 ? svd_groups<double>(args, begin, end) : svd_groups<float>(args, begin, end);
+  args.x.dtype == Dtype::f64 ? decompose_groups<double>(args, begin, end) : decompose_groups<float>(args, begin, end);
 }
 
 }  // namespace RMM_ISA
