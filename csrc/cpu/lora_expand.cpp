@@ -20,13 +20,18 @@ RMM_INLINE void expand_tile(const T* w, int64_t row_stride, int64_t r, const T* 
   Vec<T> sum[Tokens][Vecs] = {};
   for (int64_t j = 0; j < r; ++j) {
     Vec<T> row[Vecs];
+#pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v) row[v] = load(w + j * row_stride + v * kLanes<T>);
+#pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
       const T ut = u[t * r + j];
+#pragma GCC unroll 8
       for (int v = 0; v < Vecs; ++v) sum[t][v] += ut * row[v];
     }
   }
+#pragma GCC unroll 8
   for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v) {
       Vec<T>& to = delta[t * kBlockVecs + v];
       to += weight == nullptr ? sum[t][v] : load(weight[t] + offset + v * kLanes<T>) * sum[t][v];

@@ -23,14 +23,19 @@ RMM_INLINE void shrink_tile(const T* w, int64_t row_stride, int64_t segment_stri
     const T* const ws = w + s * segment_stride;
     for (int v = 0; v < kBlockVecs; ++v) {
       Vec<T> row[Rows];
+#pragma GCC unroll 8
       for (int j = 0; j < Rows; ++j) row[j] = load(ws + j * row_stride + v * kLanes<T>);
+#pragma GCC unroll 8
       for (int t = 0; t < Tokens; ++t) {
         const Vec<T> zt = load(z[t] + s * kBlock<T> + v * kLanes<T>);
+#pragma GCC unroll 8
         for (int j = 0; j < Rows; ++j) sum[t][j] += zt * row[j];
       }
     }
   }
+#pragma GCC unroll 8
   for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 8
     for (int j = 0; j < Rows; ++j) sums[t * sums_stride + j] += sum[t][j];
   }
 }
