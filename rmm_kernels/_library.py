@@ -8,6 +8,7 @@ dispatch key (the compiled part does that when it is loaded) goes before it. So 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -61,12 +62,23 @@ def register(
 ) -> None:
     """Give op `name` its reference, its fake and, where it has one, its gradient, on every overload."""
     for overload in ("", ".reference"):
-        _library.impl(f"{name}{overload}", reference, BACKENDS["reference"])
+        _library.impl(f"{name}{overload}", _as_written(reference), BACKENDS["reference"])
     for overload in ("", *(f".{backend}" for backend in BACKENDS)):
         qualified = f"{NAMESPACE}::{name}{overload}"
         torch.library.register_fake(qualified, fake, lib=_library)
         if backward is not None:
             torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+
+
+def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` without autocast, which would run its matrix products in a dtype of its own choice."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def has_kernel(name: str, backend: str) -> bool:

@@ -50,6 +50,7 @@ class Compressor {
     centre();
     factorise();
     if (k_ > 0) jacobi_(core_, k_, k_, norms_);
+    energies();
     components();
     write(first, lanes, finite);
   }
@@ -78,25 +79,37 @@ class Compressor {
 
   // x_ becomes the scaled and centred x, y_ its Helmert reduction y_i = x_i + x_0 / (√n − 1), i = 1 … n−1, stored as
   // columns over ranks where Y is tall, over tasks where it is wide. The first task's vector goes first: exactly so where all
-  // share an offset, which then costs no accuracy, and equal vectors become exactly zero.
+  // share an offset, which then costs no accuracy, and equal vectors become exactly zero. Then the mean goes twice: what the
+  // first one rounds off, the second takes.
   void centre() {
     const T share = T(1) / static_cast<T>(n_);
     const T spread = n_ > 1 ? T(1) / (T(sqrt(static_cast<double>(n_))) - T(1)) : T(0);
     const int64_t along_task = tall_ ? r_ : 1, along_rank = tall_ ? 1 : columns_;
+    Vec<T> largest{};
     for (int64_t j = 0; j < r_; ++j) {
       Vec<T>* const x = x_ + j;
       const Vec<T> offset = x[0] * scale_.up1 * scale_.up2;
       Vec<T> sum{};
       for (int64_t i = 1; i < n_; ++i) sum += x[i * r_] = x[i * r_] * scale_.up1 * scale_.up2 - offset;
-      const Vec<T> mean = share * sum, first = spread * mean;
-      mean_[j] = offset + mean;
+      const Vec<T> mean = share * sum;
       x[0] = -mean;
+      sum = x[0];
+      for (int64_t i = 1; i < n_; ++i) sum += x[i * r_] -= mean;
+      const Vec<T> rest = share * sum;
+      mean_[j] = offset + (mean + rest);
+      x[0] -= rest;
+      const Vec<T> first = spread * x[0];
       Vec<T>* const y = y_ + j * along_rank;
       for (int64_t i = 1; i < n_; ++i) {
-        x[i * r_] -= mean;
-        y[(i - 1) * along_task] = x[i * r_] - first;
+        x[i * r_] -= rest;
+        const Vec<T> value = x[i * r_] + first, magnitude = abs<T>(value);
+        y[(i - 1) * along_task] = value;
+        largest = magnitude > largest ? magnitude : largest;
       }
     }
+    // Scaled again: what tells the tasks apart may be much smaller than what they share.
+    centred_ = scale_of<T>(largest);
+    for (int64_t i = 0; i < columns_ * r_; ++i) y_[i] = y_[i] * centred_.up1 * centred_.up2;
   }
 
   // QR of Y or of Yᵀ, whichever is tall; core_ gets R or Rᵀ.
@@ -108,6 +121,28 @@ class Compressor {
         const int64_t column = tall_ ? c : i, row = tall_ ? i : c;  // R[row, column]
         core_[c * k_ + i] = row < column ? y_[column * rows + row] : row == column ? diagonal_[row] : Vec<T>{};
       }
+    }
+  }
+
+  // energy_[c] = ‖Yᵀu‖² with u along the core's column c: the columns' own norms carry what all rotations rounded.
+  void energies() {
+    const int64_t rows = tall_ ? r_ : columns_;
+    for (int64_t c = 0; c < k_; ++c) {
+      const Vec<T>* const u = core_ + c * k_;
+      Vec<T> square{};
+      for (int64_t i = 0; i < k_; ++i) {
+        Vec<T> along = diagonal_[i] * u[i];
+        if (tall_) {
+          for (int64_t j = 0; j < i; ++j) along += y_[i * rows + j] * u[j];  // (Rᵀu)_i
+        } else {
+          for (int64_t j = i + 1; j < k_; ++j) along += y_[j * rows + i] * u[j];  // (Ru)_i
+        }
+        square += along * along;
+      }
+      // A negligible column has no direction of its own; its norm will do.
+      const Mask<T> live = (norms_[c] > Bits<T>::deficient * Bits<T>::deficient * norms_[0]) & (norms_[c] > Bits<T>::tiny);
+      const Vec<T> energy = select<T>(live, square / select<T>(live, norms_[c], splat<T>(1)), norms_[c]);
+      energy_[c] = energy * centred_.down2 * centred_.down2 * centred_.down1 * centred_.down1;
     }
   }
 
@@ -132,10 +167,23 @@ class Compressor {
   void write(int64_t first, int lanes, Mask<T> finite) {
     const View &basis = args_.basis, &coeff = args_.coeff, &energy = args_.energy;
     const Vec<T> zero{}, nan = zero / zero;
+    const int64_t live = p_ < k_ ? p_ : k_;
+    for (int64_t c = 0; c < live; ++c) {
+      energy_[c] *= T(1) - kept_[c];  // found again below, closer
+      norms_[c] = Vec<T>{};           // sums over eight tasks: a few long ones round less than one longer
+    }
     for (int64_t i = 0; i < n_; ++i) {
       dots<T>(x_ + i * r_, u_, r_, p_, c_);
+      for (int64_t c = 0; c < live; ++c) {
+        c_[c] *= kept_[c];
+        norms_[c] += c_[c] * c_[c];
+        if (i % 8 == 7 || i + 1 == n_) {
+          energy_[c] += norms_[c];
+          norms_[c] = Vec<T>{};
+        }
+      }
       for (int64_t c = 0; c < p_; ++c) {
-        const Vec<T> along = c < k_ ? kept_[c] * c_[c] : zero;
+        const Vec<T> along = c < k_ ? c_[c] : zero;
         c_[c] = select<T>(finite, along * scale_.down2 * scale_.down1, nan);
       }
       store_tile<T>(coeff.dtype, coeff.at(i, 0, first), coeff.stride[2], coeff.stride[1], lanes, p_, c_);
@@ -149,7 +197,10 @@ class Compressor {
       store_tile<T>(basis.dtype, basis.at(c + 1, first), basis.stride[1], basis.stride[2], lanes, r_, u_ + c * r_);
     }
     for (int64_t c = 0; c < k_; ++c) {
-      const Vec<T> square = norms_[c] * scale_.down2 * scale_.down2 * scale_.down1 * scale_.down1;
+      if (c > 0) energy_[c] = energy_[c] < energy_[c - 1] ? energy_[c] : energy_[c - 1];  // equal ones may differ by a rounding
+    }
+    for (int64_t c = 0; c < k_; ++c) {
+      const Vec<T> square = energy_[c] * scale_.down2 * scale_.down2 * scale_.down1 * scale_.down1;
       energy_[c] = select<T>(finite, square, nan);
     }
     store_tile<T>(energy.dtype, energy.at(first), energy.stride[0], energy.stride[1], lanes, k_, energy_);
@@ -161,7 +212,7 @@ class Compressor {
   const Jacobi<T> jacobi_;
   Scratch<T> scratch_;
   Vec<T>*x_, *y_, *core_, *tau_, *diagonal_, *norms_, *kept_, *energy_, *u_, *mean_, *c_;
-  Scale<T> scale_;
+  Scale<T> scale_, centred_;
 };
 
 template <class T>

@@ -1,4 +1,4 @@
-// gram: many small matrices one per lane; few or large ones through torch's matmul.
+// gram: one matrix per lane.
 
 #include "jacobi.h"
 #include "tile.h"
@@ -61,22 +61,9 @@ void gram(const GramArgs& args, int64_t begin, int64_t end) {
 
 namespace rmm {
 
-// The sums of a group, k² vectors, stay in a core's second-level cache up to here.
-constexpr int64_t kLargestLaneGram = 64;
-
 Tensor gram_op(Tensor x, bool center) {
   const View in = view(x, 3, "x");
   const int64_t batch = in.size[0], k = in.size[2];
-  if (k > kLargestLaneGram || batch < lanes(in.dtype)) {
-    Tensor wide = torch::stable::to(x, accumulator(x));
-    if (center && k > 0) {
-      wide = torch::stable::subtract(wide, torch::stable::narrow(wide, 2, 0, 1));
-      const int64_t over_columns[] = {2};
-      const Tensor sum = torch::stable::sum(wide, torch::headeronly::IntHeaderOnlyArrayRef(over_columns, 1), true);
-      wide = torch::stable::subtract(wide, sum, 1.0 / static_cast<double>(k));
-    }
-    return torch::stable::matmul(torch::stable::transpose(wide, 1, 2), wide);
-  }
   Tensor out = torch::stable::new_empty(x, {batch, k, k}, accumulator(x));
   const GramArgs args{in, view(out, 3, "out"), center};
   const auto kernel = RMM_KERNEL(gram);

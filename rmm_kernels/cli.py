@@ -1,0 +1,247 @@
+"""The `rmm-kernels` command: merge adapters, restore one, look into a merge, verify it against the originals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import backends, build_info
+from ._files import check_target
+from ._version import __version__
+from .adapters import load_adapters
+from .delta import finite
+from .merge import DEFAULT_COMPONENTS, MergedAdapters, merge
+from .storage import DTYPES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# What a command raises for bad input or a full disk, and nothing else.
+_EXPECTED = (ValueError, OSError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0; 1 where `verify` found a difference; 2 for an error, told on one line of stderr."""
+    options = _parser().parse_args(arguments)
+    previous = signal.signal(signal.SIGTERM, _interrupt)  # so that nothing half written is left behind
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except _EXPECTED as error:
+        print(f"rmm-kernels: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rmm-kernels: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"rmm-kernels: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="rmm-kernels", description="Many LoRA adapters on one shared basis.")
+    parser.add_argument("--version", action="version", version=f"rmm-kernels {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("merge", help="merge PEFT LoRA directories into one")
+    command.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a directory with adapter_model.safetensors")
+    command.add_argument("-o", "--output", required=True, metavar="DIR", help="where to write; must not exist, or be empty")
+    command.add_argument(
+        "-p",
+        "--components",
+        type=int,
+        default=DEFAULT_COMPONENTS,
+        metavar="P",
+        help=f"directions kept besides the mean, 0 to min(r, n - 1); default {DEFAULT_COMPONENTS}",
+    )
+    command.add_argument("--clamp", action="store_true", help="where P is too large for a module, use the most it allows")
+    command.add_argument("--dtype", choices=DTYPES, help="to store in; default: the adapters' own")
+    command.add_argument("--compare", action="store_true", help="also show truncated and quantised adapters; takes longer")
+    _add_names(command)
+    _add_json(command)
+    command.set_defaults(run=_merge)
+
+    command = commands.add_parser("restore", help="write one task back as a PEFT directory")
+    command.add_argument("directory", metavar="DIR", help="a merged directory")
+    command.add_argument("task", metavar="TASK")
+    command.add_argument("-o", "--output", required=True, metavar="OUT", help="where to write; must not exist, or be empty")
+    command.set_defaults(run=_restore)
+
+    command = commands.add_parser("inspect", help="show tasks, storage and errors of a merged directory")
+    command.add_argument("directory", metavar="DIR", help="a merged directory")
+    _add_json(command)
+    command.set_defaults(run=_inspect)
+
+    command = commands.add_parser(
+        "verify", help="compare a merged directory with the original adapters; exit code 1 if they differ"
+    )
+    command.add_argument("directory", metavar="DIR", help="a merged directory")
+    command.add_argument("adapters", nargs="+", metavar="ADAPTER", help="the originals of some or all tasks, in any order")
+    _add_names(command)
+    _add_json(command)
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser("backends", help="show which implementation serves each op")
+    _add_json(command)
+    command.set_defaults(run=_backends)
+    return parser
+
+
+def _add_names(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--names",
+        nargs="+",
+        metavar="NAME",
+        help="the tasks' names, one for each adapter; default: the directory's name, or its parent's where several share it",
+    )
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _merge(options: argparse.Namespace) -> int:
+    check_target(options.output)
+    adapters = load_adapters(options.adapters, options.names)
+    for adapter in adapters:
+        if adapter.skipped:
+            print(f"rmm-kernels: not carried from {adapter.path}: {', '.join(adapter.skipped)}", file=sys.stderr)
+    merged = merge(
+        adapters,
+        options.components,
+        dtype=DTYPES.get(options.dtype),
+        clamp=options.clamp,
+        compare=options.compare,
+        progress=True,
+    )
+    merged.save(options.output)
+    _show(merged, options.json)
+    return 0
+
+
+def _restore(options: argparse.Namespace) -> int:
+    merged = MergedAdapters.load(options.directory)
+    merged.restore_to(options.task, options.output)
+    print(f"{options.task}: {options.output}")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    _show(MergedAdapters.load(options.directory), options.json)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    merged = MergedAdapters.load(options.directory)
+    found = merged.verify(options.adapters, options.names)
+    if options.json:
+        errors = {task: finite(error) for task, error in found.errors.items()}
+        _print_json({"errors": errors, "differences": list(found.differences)})
+    else:
+        table = _table("task", "relative error of ΔW")
+        for task, error in found.errors.items():
+            table.add_row(task, _error(finite(error)))
+        _print(table)
+        for difference in found.differences:
+            print(difference)
+        print(f"{len(found.differences)} differences" if found.differences else "as the manifest says")
+    return 1 if found.differences else 0
+
+
+def _backends(options: argparse.Namespace) -> int:
+    report = backends()
+    if options.json:
+        _print_json({"ops": report, "build": build_info()})
+        return 0
+    devices = [key for key in next(iter(report.values())) if key not in ("available", "absent")]
+    table = _table("op", *(f"on {device}" for device in devices), "absent")
+    for op, entry in report.items():
+        absent = "; ".join(f"{backend}: {reason}" for backend, reason in entry["absent"].items())
+        table.add_row(op, *(entry[device] for device in devices), absent)
+    _print(table)
+    for key, value in build_info().items():
+        print(f"{key}: {value}")
+    return 0
+
+
+def _show(merged: MergedAdapters, as_json: bool) -> None:
+    report = merged.report()
+    if as_json:
+        _print_json(report)
+        return
+    modules = _table("module", "out × in", "tasks", "rank", "p", "bytes", "merged", "ratio", "error")
+    for name, entry in report["by_module"].items():
+        out, wide = entry["shape"]
+        modules.add_row(
+            name, f"{out} × {wide}", str(entry["tasks"]), str(entry["rank"]), str(entry["components"]), *_cells(entry)
+        )
+    modules.add_section()
+    modules.add_row("total", "", str(len(merged.tasks)), "", str(merged.components), *_cells(report["total"]))
+    tasks = _table("task", "modules", "error", "carried unchanged")
+    for task, entry in report["by_task"].items():
+        extras = [f"{len(entry['extras'])} tensors"] if entry["extras"] else []
+        carried = [*entry["files"], *extras, *entry["beyond_factors"]]
+        tasks.add_row(task, str(entry["modules"]), _error(entry["error"]), ", ".join(carried))
+    base = merged.base_model or "an unnamed base model"
+    print(f"{len(merged.tasks)} tasks on {base}, {report['dtype']}, p = {merged.components}")
+    _print(modules, tasks)
+    if report["comparison"]:
+        others = _table("stored as", "bytes", "ratio", "error")
+        ours = {"name": f"merged, p = {merged.components}", "bytes": merged.merged_bytes, **report["total"]}
+        for entry in [ours, *report["comparison"]]:
+            others.add_row(entry["name"], f"{entry['bytes']:,}", f"{entry['ratio']:.4f}", _error(entry["error"]))
+        _print(others)
+    print("error: relative Frobenius error of ΔW")
+
+
+def _cells(entry: dict[str, Any]) -> tuple[str, str, str, str]:
+    return f"{entry['raw_bytes']:,}", f"{entry['merged_bytes']:,}", f"{entry['ratio']:.4f}", _error(entry["error"])
+
+
+def _error(error: float | None) -> str:
+    return "∞" if error is None else f"{error:.3g}"
+
+
+def _table(*headings: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    for heading in headings:
+        text = heading in ("module", "task", "op", "absent", "stored as", "carried unchanged") or heading.startswith("on ")
+        table.add_column(heading, justify="left" if text else "right")
+    return table
+
+
+def _print(*tables: Table) -> None:
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # nobody folds a file's lines
+    with console.capture() as capture:
+        for table in tables:
+            console.print(table)
+    print(capture.get(), end="")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))

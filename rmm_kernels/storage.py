@@ -1,0 +1,318 @@
+"""What a merge stores, and how it lies on disk.
+
+A merged directory holds
+
+    manifest.json           format and package version, tasks with their configs, per-module shapes, storage and errors
+    factors.safetensors     "<module>.basis_a", ".coeff_a", ".basis_b" and ".coeff_b"
+    tasks/<i>.safetensors   the tensors of task i that are no factors
+    tasks/<i>/              the files that lay beside the adapter of task i
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from . import delta
+from ._files import new_directory, write_json, write_tensors
+from ._version import __version__
+from .adapters import CONFIG, WEIGHTS, AdapterError, StoredTensors, beyond_factors, copy_files, lora_rank, lora_scaling
+
+FORMAT = "rmm_kernels.merged"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+FACTORS = "factors.safetensors"
+TASKS = "tasks"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class MergeError(ValueError):
+    """What is wrong with a merge or a merged directory, on one line."""
+
+
+@dataclass(frozen=True)
+class MergedModule:
+    """One module of n tasks on p components, rank r (the highest of its tasks)."""
+
+    basis_a: Tensor
+    """[p+1, r, in], component 0 the mean"""
+    coeff_a: Tensor
+    """[n, p, in]"""
+    basis_b: Tensor
+    """[p+1, out, r]"""
+    coeff_b: Tensor
+    """[n, p, out]"""
+    scaling: Tensor
+    """[n], fp32"""
+    tasks: tuple[int, ...]
+    """which of the merge's tasks the n rows are, rising; the others lack this module"""
+    ranks: tuple[int, ...]
+    """the true rank of each of those tasks; lower ones are padded with zeros to r"""
+    raw_bytes: int
+    """what the tasks' own factors take"""
+    squares: tuple[tuple[float, float], ...]
+    """(‖ΔW − ΔŴ‖², ‖ΔW‖²) (Frobenius) of each of those tasks, scaling included"""
+
+    @property
+    def components(self) -> int:
+        """p"""
+        return self.coeff_a.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """r"""
+        return self.basis_a.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the base weight."""
+        return self.basis_b.shape[1], self.basis_a.shape[2]
+
+    @property
+    def merged_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.basis_a, self.coeff_a, self.basis_b, self.coeff_b))
+
+    @property
+    def ratio(self) -> float:
+        """merged_bytes / raw_bytes: (p(r+n) + r) / (rn) at equal ranks and dtypes."""
+        return self.merged_bytes / self.raw_bytes
+
+    @property
+    def error(self) -> float:
+        """Relative Frobenius error of ΔW over all tasks of the module."""
+        return delta.relative(self.squares)
+
+
+@dataclass(frozen=True)
+class TaskParts:
+    """What a task keeps for itself: all of its adapter but the factors."""
+
+    config: Mapping[str, Any]
+    """adapter_config.json"""
+    extras: Mapping[str, Tensor]
+    """as `Adapter.extras`"""
+    files: Mapping[str, Path]
+    """as `Adapter.files`"""
+
+    @property
+    def beyond_factors(self) -> tuple[str, ...]:
+        """As `Adapter.beyond_factors`."""
+        return beyond_factors(self.config, self.extras)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another way to store the same adapters: its bytes, and the relative error of ΔW over everything."""
+
+    name: str
+    bytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Stored:
+    """All that a merged directory holds."""
+
+    tasks: tuple[str, ...]
+    """names"""
+    modules: dict[str, MergedModule]
+    """by path in the base model"""
+    base_model: str | None
+    """what the adapters' configs call it; None where they do not say"""
+    components: int
+    """p as it was asked for; a module may have fewer where that was clamped"""
+    dtype: torch.dtype
+    """of bases and coefficients"""
+    parts: dict[str, TaskParts]
+    """by task"""
+    comparison: tuple[Alternative, ...] = ()
+    """other ways to store the adapters, where the merge was asked to compare"""
+
+
+_TENSORS = ("basis_a", "coeff_a", "basis_b", "coeff_b")
+
+
+def write(stored: Stored, directory: str | Path) -> None:
+    """Write a merged directory; all of it or nothing.
+
+    Raises:
+        OSError: the directory exists and is not empty, or can't be written.
+    """
+    with new_directory(directory) as staging:
+        tensors = {f"{name}.{key}": getattr(module, key) for name, module in stored.modules.items() for key in _TENSORS}
+        write_tensors(staging / FACTORS, tensors)
+        (staging / TASKS).mkdir()
+        for index, task in enumerate(stored.tasks):
+            parts, own = stored.parts[task], staging / TASKS / str(index)
+            if parts.extras:
+                write_tensors(own.with_suffix(".safetensors"), parts.extras)
+            if parts.files:
+                own.mkdir()
+                copy_files(parts.files, own)
+        write_json(staging / MANIFEST, _manifest(stored, staging))
+
+
+def _manifest(stored: Stored, directory: Path) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "package_version": __version__,
+        "base_model": stored.base_model,
+        "dtype": dtype_name(stored.dtype),
+        "components": stored.components,
+        "tasks": [
+            {
+                "name": task,
+                "config": stored.parts[task].config,
+                "extras": list(stored.parts[task].extras),
+                "files": {name: (directory / TASKS / str(index) / name).stat().st_size for name in stored.parts[task].files},
+            }
+            for index, task in enumerate(stored.tasks)
+        ],
+        "modules": {
+            name: {
+                "shape": module.shape,
+                "rank": module.rank,
+                "components": module.components,
+                "tasks": module.tasks,
+                "ranks": module.ranks,
+                "scaling": [lora_scaling(stored.parts[stored.tasks[index]].config, name) for index in module.tasks],
+                "raw_bytes": module.raw_bytes,
+                "merged_bytes": module.merged_bytes,
+                "squared_errors": [error for error, _ in module.squares],
+                "squared_norms": [norm for _, norm in module.squares],
+            }
+            for name, module in stored.modules.items()
+        },
+        "comparison": [{"name": other.name, "bytes": other.bytes, "error": other.error} for other in stored.comparison],
+    }
+
+
+def read(directory: str | Path) -> Stored:
+    """Open a merged directory. Its tensors are memory mapped.
+
+    Raises:
+        MergeError: something is missing or corrupt, the format version is unknown, or tensors and manifest disagree.
+    """
+    root = Path(directory)
+    path = root / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise MergeError(f"{root} is not a merged directory: it has no {MANIFEST}") from None
+    except ValueError as error:
+        raise MergeError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise MergeError(f"{path} is not the manifest of a merged directory: its format must be {FORMAT!r}")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise MergeError(
+            f"{path} is of format version {manifest.get('format_version')!r}; "
+            f"rmm_kernels {__version__} reads version {FORMAT_VERSION}"
+        )
+    try:
+        return _read(root, manifest)
+    except MergeError:
+        raise
+    except AdapterError as error:
+        raise MergeError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise MergeError(f"{path} is incomplete or malformed: {type(error).__name__} {error}") from error
+
+
+def _read(root: Path, manifest: dict[str, Any]) -> Stored:
+    tasks = tuple(str(task["name"]) for task in manifest["tasks"])
+    if len(set(tasks)) != len(tasks):
+        raise MergeError(f"{root / MANIFEST} lists a task twice")
+    parts = {name: _read_parts(root, index, manifest["tasks"][index]) for index, name in enumerate(tasks)}
+    dtype = DTYPES[manifest["dtype"]]
+    path = root / FACTORS
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored_keys = set(file.keys())
+            modules = {}
+            for name, entry in manifest["modules"].items():
+                configs = [parts[tasks[index]].config for index in entry["tasks"]]
+                _check_module(root, name, entry, configs)
+                tensors = {}
+                for key, shape in _shapes(entry).items():
+                    full = f"{name}.{key}"
+                    if full not in stored_keys:
+                        raise MergeError(f"{path} lacks {full}, which {MANIFEST} lists")
+                    tensors[key] = tensor = file.get_tensor(full)
+                    if list(tensor.shape) != shape or tensor.dtype != dtype:
+                        raise MergeError(
+                            f"{path}: {full} is {dtype_name(tensor.dtype)} {list(tensor.shape)}; "
+                            f"{MANIFEST} says {dtype_name(dtype)} {shape}"
+                        )
+                modules[name] = MergedModule(
+                    **tensors,
+                    scaling=torch.tensor(entry["scaling"], dtype=torch.float32),
+                    tasks=tuple(entry["tasks"]),
+                    ranks=tuple(entry["ranks"]),
+                    raw_bytes=int(entry["raw_bytes"]),
+                    squares=tuple(zip(map(float, entry["squared_errors"]), map(float, entry["squared_norms"]), strict=True)),
+                )
+    except (SafetensorError, OSError) as error:
+        raise MergeError(f"{path} can't be read: {error}") from error
+    comparison = tuple(
+        Alternative(str(other["name"]), int(other["bytes"]), float(other["error"])) for other in manifest["comparison"]
+    )
+    base = manifest["base_model"]
+    return Stored(tasks, modules, base, int(manifest["components"]), dtype, parts, comparison)
+
+
+def _shapes(entry: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The shapes of a module's tensors."""
+    (out, wide), rank, p, n = entry["shape"], entry["rank"], entry["components"], len(entry["tasks"])
+    return {
+        "basis_a": [p + 1, rank, wide],
+        "coeff_a": [n, p, wide],
+        "basis_b": [p + 1, out, rank],
+        "coeff_b": [n, p, out],
+    }
+
+
+def _check_module(root: Path, name: str, entry: Mapping[str, Any], configs: list[Mapping[str, Any]]) -> None:
+    """The manifest's figures for a module fit together and with its tasks' configs."""
+    count = len(entry["tasks"])
+    lists = ("ranks", "scaling", "squared_errors", "squared_norms")
+    if not count or list(entry["tasks"]) != sorted(set(entry["tasks"])) or any(len(entry[key]) != count for key in lists):
+        raise MergeError(f"{root / MANIFEST}: module {name!r} must list its tasks once, and a figure of each for each")
+    ranks = [lora_rank(config, name) for config in configs]
+    scaling = [lora_scaling(config, name) for config in configs]
+    if list(entry["ranks"]) != ranks or entry["rank"] != max(ranks) or list(entry["scaling"]) != scaling:
+        raise MergeError(f"{root / MANIFEST}: ranks or scaling of module {name!r} are not what its tasks' configs say")
+
+
+def _read_parts(root: Path, index: int, entry: Mapping[str, Any]) -> TaskParts:
+    own = root / TASKS / str(index)
+    files = {}
+    for name, size in entry["files"].items():
+        if Path(name).name != name or name in ("", "..", CONFIG, WEIGHTS):
+            raise MergeError(f"{root / MANIFEST} lists a file {name!r}; it must be a plain file name")
+        path = files[name] = own / name
+        if not path.is_file() or path.stat().st_size != size:
+            state = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
+            raise MergeError(f"{path} {state}; {MANIFEST} says {size} bytes")
+    extras: dict[str, str] = {key: key for key in entry["extras"]}
+    path = own.with_suffix(".safetensors")
+    if extras:
+        try:
+            with safe_open(path, framework="pt") as file:
+                missing = sorted(set(extras) - set(file.keys()))
+        except (SafetensorError, OSError) as error:
+            raise MergeError(f"{path} can't be read: {error}") from error
+        if missing:
+            raise MergeError(f"{path} lacks {missing[0]}, which {MANIFEST} lists")
+    return TaskParts(dict(entry["config"]), StoredTensors(path, extras), files)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
