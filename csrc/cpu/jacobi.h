@@ -126,7 +126,10 @@ RMM_INLINE void find_turn(Vec<T>& pp, Vec<T>& qq, Turn<T>& turn) {
   const Vec<T> z = T(0.5) + T(0.5) * (abs<T>(gap) * inverse);  // cos² of the smaller angle
   const Vec<T> slope = pq * inverse;                           // its cos · sin
   const Vec<T> root = rsqrt_of_half_to_one<T>(z * z + slope * slope);
-  const Vec<T> large = z * root, small = slope * root;
+  Vec<T> large = z * root, small = slope * root;
+  const Vec<T> excess = T(0.5) * ((large * large - T(1)) + small * small);  // one more step: columns must not drift in length
+  large -= excess * large;
+  small -= excess * small;
   const Vec<T> shift = pq * small * root;  // how far the squared norms move apart
   const Mask<T> swap = qq > pp, turned = turn.turned;
   const Vec<T> longer = select<T>(swap, qq, pp) + shift, shorter = select<T>(swap, pp, qq) - shift;
