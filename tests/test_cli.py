@@ -243,7 +243,7 @@ def test_start_up_imports_no_more_than_it_needs(tmp_path: Path) -> None:
         "import sys; from rmm_kernels import cli; cli.main(['backends', '--json']); "
         "print([name for name in ('rich', 'transformers', 'peft', 'pandas') if name in sys.modules], file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd="/", capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
 
 
@@ -252,7 +252,7 @@ def test_a_reader_that_stops(tmp_path: Path) -> None:
     paths = [write_adapter(tmp_path / f"task{i}", shapes={f"m{k}": (2, 2) for k in range(1000)}, rank=1) for i in range(2)]
     script = "import sys; from rmm_kernels import cli; sys.exit(cli.main(['merge', '-p', '1', '--json', '-o', *sys.argv[1:]]))"
     command = [sys.executable, "-c", script, tmp_path / "out", *paths]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == b""

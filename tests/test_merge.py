@@ -461,7 +461,8 @@ def test_disk_limit(make_adapter: MakeAdapter, tmp_path: Path) -> None:
         "import resource, sys; from rmm_kernels import merge; merged = merge(sys.argv[2:], 1); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)); merged.save(sys.argv[1])"
     )
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "out", *paths], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", script, tmp_path / "out", *paths]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "OSError" in done.stderr.splitlines()[-1], done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["adapters"]
 
@@ -857,7 +858,8 @@ def test_peak_memory(tmp_path: Path) -> None:
     shapes = {f"layers.{i}": (4096, 4096) for i in range(8)}
     small = [write_adapter(tmp_path / f"small{i}", shapes={"m": (64, 64)}) for i in range(6)]
     large = [write_adapter(tmp_path / f"large{i}", shapes=shapes, rank=64) for i in range(6)]
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path, *small, *large], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", MEMORY, tmp_path, *small, *large]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True)  # the installed package, not this tree
     peak, output, module = map(int, done.stdout.split())
     assert peak <= output + 2 * module, f"{peak:,} bytes; output {output:,}, one module's input {module:,}"
 
