@@ -33,8 +33,14 @@ SCHEMAS = {
     "lora_forward": f"(Tensor y, Tensor x, {_FACTORS}) -> Tensor",
 }
 
-# Every backend a kernel may be written for: its dispatch key, best first for the devices it serves.
-BACKENDS = {"cpu": "CPU", "reference": "CompositeExplicitAutograd"}
+# Every backend a kernel may be written for, and the dispatch key of its overload. Triton's runs wherever Triton does.
+BACKENDS = {"cuda": "CUDA", "triton": "CompositeExplicitAutograd", "cpu": "CPU", "reference": "CompositeExplicitAutograd"}
+
+# For tensors on each device, the backends that may serve the default overload, best first.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+# Why a backend has no kernel for any op in this process; filled while its part is looked for.
+_absent: dict[str, str] = {}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -50,6 +56,10 @@ def _load_compiled(name: str) -> ModuleType | None:
 
 
 _C: Any = _load_compiled("_C")
+if _C is None:
+    _absent["cpu"] = "the compiled module rmm_kernels._C was not built; reinstall with a C++17 compiler"
+_absent["cuda"] = "not part of this release"
+_absent["triton"] = "not part of this release"
 
 
 def register(
@@ -92,19 +102,12 @@ def backends() -> dict[str, dict[str, Any]]:
     Returns `{op: {"cpu": winner, "cuda": winner, "available": [...], "absent": {backend: reason}}}`, where a winner is the
     backend the default overload runs for tensors on that device.
     """
-    not_built = "the compiled module rmm_kernels._C was not built; reinstall with a C++17 compiler"
     report: dict[str, dict[str, Any]] = {}
     for name in SCHEMAS:
         available = [backend for backend in BACKENDS if has_kernel(name, backend)]
-        absent = {"cuda": "not part of this release", "triton": "not part of this release"}
-        if "cpu" not in available:
-            absent["cpu"] = not_built if _C is None else "has no kernel for this op"
-        report[name] = {
-            "cpu": "cpu" if "cpu" in available else "reference",
-            "cuda": "reference",
-            "available": available,
-            "absent": absent,
-        }
+        winners = {device: next(b for b in order if b in available) for device, order in PREFERENCE.items()}
+        absent = {b: _absent.get(b, "has no kernel for this op") for b in BACKENDS if b not in available}
+        report[name] = {**winners, "available": available, "absent": absent}
     return report
 
 

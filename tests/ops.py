@@ -18,8 +18,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LOW = (torch.float16, torch.bfloat16)
 INTEGER = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
-# Which devices a dispatch key serves.
-DEVICES = {"CPU": ("cpu",), "CUDA": ("cuda",), "CompositeExplicitAutograd": ("cpu", "cuda")}
+# Which devices a backend serves.
+DEVICES = {"cuda": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",), "reference": ("cpu", "cuda")}
 
 
 @contextmanager
@@ -78,9 +78,9 @@ def overloads(op: str) -> list[Overload]:
     """Every overload of `op` that has a kernel in this process, on every device it serves here."""
     return [
         Overload(op, backend, device)
-        for backend, key in _library.BACKENDS.items()
+        for backend in _library.BACKENDS
         if _library.has_kernel(op, backend)
-        for device in DEVICES[key]
+        for device in DEVICES[backend]
         if device in devices()
     ]
 
