@@ -30,9 +30,10 @@ class Compressor {
         columns_(n_ - 1),
         k_(r_ < columns_ ? r_ : columns_),
         tall_(r_ >= columns_),
+        task_(r_ | 1),
         jacobi_(k_),
-        scratch_(n_ * r_ + columns_ * r_ + k_ * k_ + 5 * k_ + p_ * r_ + r_ + p_),
-        x_(scratch_.take(n_ * r_)),
+        scratch_(n_ * task_ + columns_ * r_ + k_ * k_ + 5 * k_ + p_ * r_ + r_ + p_),
+        x_(scratch_.take(n_ * task_)),
         y_(scratch_.take(columns_ * r_)),
         core_(scratch_.take(k_ * k_)),
         tau_(scratch_.take(k_)),
@@ -47,7 +48,7 @@ class Compressor {
   void group(int64_t first) {
     const int lanes = positions_ - first < kLanes<T> ? static_cast<int>(positions_ - first) : kLanes<T>;
     const Mask<T> finite = load_and_scale(first, lanes);
-    centre();
+    centre(first);
     factorise();
     if (k_ > 0) jacobi_(core_, k_, k_, norms_);
     energies();
@@ -59,57 +60,82 @@ class Compressor {
   // Loads x and finds its power of two per lane; lanes with NaN or Inf become 0. Returns which lanes are finite.
   Mask<T> load_and_scale(int64_t first, int lanes) {
     const View& x = args_.x;
-    Vec<T> largest{};
-    Mask<T> finite = ~Mask<T>{};
+    Mask<T> largest{};  // of magnitudes by their bits, which order like them, NaN and Inf above all
     for (int64_t i = 0; i < n_; ++i) {
-      load_tile<T>(x.dtype, x.at(i, first), x.stride[1], x.stride[2], lanes, r_, x_ + i * r_);
-      for (int64_t j = 0; j < r_; ++j) {
-        const Vec<T> magnitude = abs<T>(x_[i * r_ + j]);
-        finite &= magnitude <= Bits<T>::largest;
-        largest = magnitude > largest ? magnitude : largest;
-      }
+      load_tile<T>(x.dtype, x.at(i, first), x.stride[1], x.stride[2], lanes, r_, x_ + i * task_);
+      for (int64_t j = 0; j < r_; ++j) largest = larger_magnitude<T>(largest, x_[i * task_ + j]);
     }
+    const Mask<T> finite = (Vec<T>)largest <= Bits<T>::largest;
     if (any<T>(~finite)) {
-      largest = select<T>(finite, largest, splat<T>(0));
-      for (int64_t i = 0; i < n_ * r_; ++i) x_[i] = select<T>(finite, x_[i], splat<T>(0));
+      largest &= finite;
+      each_of_x([&](Vec<T>& value) { value = select<T>(finite, value, splat<T>(0)); });
     }
-    scale_ = scale_of<T>(largest);
+    scale_ = scale_of<T>((Vec<T>)largest);
+    if (any<T>(scale_.up1 != T(1))) {
+      each_of_x([&](Vec<T>& value) { value *= scale_.up1; });
+    }
     return finite;
+  }
+
+  template <class Change>
+  void each_of_x(const Change& change) {
+    for (int64_t i = 0; i < n_; ++i) {
+      for (int64_t j = 0; j < r_; ++j) change(x_[i * task_ + j]);
+    }
   }
 
   // x_ becomes the scaled and centred x, y_ its Helmert reduction y_i = x_i + x_0 / (√n − 1), i = 1 … n−1, stored as
   // columns over ranks where Y is tall, over tasks where it is wide. The first task's vector goes first: exactly so where all
   // share an offset, which then costs no accuracy, and equal vectors become exactly zero. Then the mean goes twice: what the
   // first one rounds off, the second takes.
-  void centre() {
+  //
+  // Meanwhile, a share in each step, it asks for the memory that the next group reads and this one writes.
+  void centre(int64_t first_position) {
+    const View &in = args_.x, &basis = args_.basis, &coeff = args_.coeff;
+    const int64_t next = first_position + kLanes<T>;
+    const bool more = next + kLanes<T> <= positions_;
+    const TileLines read(in, in.at(0, next), more ? n_ : 0, kLanes<T>, in.stride[1], r_, in.stride[2]);
+    const TileLines write(basis, basis.at(0, first_position), more ? p_ + 1 : 0, kLanes<T>, basis.stride[1], r_,
+                          basis.stride[2]);
+    const TileLines write_c(coeff, coeff.at(0, 0, first_position), more ? n_ : 0, kLanes<T>, coeff.stride[2], p_,
+                            coeff.stride[1]);
     const T share = T(1) / static_cast<T>(n_);
     const T spread = n_ > 1 ? T(1) / (T(sqrt(static_cast<double>(n_))) - T(1)) : T(0);
-    const int64_t along_task = tall_ ? r_ : 1, along_rank = tall_ ? 1 : columns_;
-    Vec<T> largest{};
+    Mask<T> largest{};
     for (int64_t j = 0; j < r_; ++j) {
+      read.prefetch<false>(j, r_);
+      write.prefetch<true>(j, r_);
+      write_c.prefetch<true>(j, r_);
       Vec<T>* const x = x_ + j;
-      const Vec<T> offset = x[0] * scale_.up1 * scale_.up2;
+      const Vec<T> up = scale_.up2, offset = x[0] * up;
       Vec<T> sum{};
-      for (int64_t i = 1; i < n_; ++i) sum += x[i * r_] = x[i * r_] * scale_.up1 * scale_.up2 - offset;
+      for (int64_t i = 1; i < n_; ++i) sum += x[i * task_] * up - offset;
       const Vec<T> mean = share * sum;
-      x[0] = -mean;
-      sum = x[0];
-      for (int64_t i = 1; i < n_; ++i) sum += x[i * r_] -= mean;
+      sum = -mean;
+      for (int64_t i = 1; i < n_; ++i) sum += (x[i * task_] * up - offset) - mean;
       const Vec<T> rest = share * sum;
       mean_[j] = offset + (mean + rest);
-      x[0] -= rest;
-      const Vec<T> first = spread * x[0];
-      Vec<T>* const y = y_ + j * along_rank;
+      x[0] = -mean - rest;
+      // Scaled again below: what tells the tasks apart may be much smaller than what they share.
+      const Vec<T> first = abs<T>(spread * x[0]);
       for (int64_t i = 1; i < n_; ++i) {
-        x[i * r_] -= rest;
-        const Vec<T> value = x[i * r_] + first, magnitude = abs<T>(value);
-        y[(i - 1) * along_task] = value;
-        largest = magnitude > largest ? magnitude : largest;
+        x[i * task_] = ((x[i * task_] * up - offset) - mean) - rest;
+        largest = larger_magnitude<T>(largest, abs<T>(x[i * task_]) + first);
       }
     }
-    // Scaled again: what tells the tasks apart may be much smaller than what they share.
-    centred_ = scale_of<T>(largest);
-    for (int64_t i = 0; i < columns_ * r_; ++i) y_[i] = y_[i] * centred_.up1 * centred_.up2;
+    centred_ = scale_of<T>((Vec<T>)largest);
+    const bool low = any<T>(centred_.up1 != T(1));
+    const int64_t along_task = tall_ ? r_ : 1, along_rank = tall_ ? 1 : columns_;
+    for (int64_t j = 0; j < r_; ++j) {
+      Vec<T>* const y = y_ + j * along_rank;
+      const Vec<T>* const x = x_ + j;
+      const Vec<T> first = spread * x[0];
+      if (low) {
+        for (int64_t i = 1; i < n_; ++i) y[(i - 1) * along_task] = (x[i * task_] + first) * centred_.up1 * centred_.up2;
+      } else {
+        for (int64_t i = 1; i < n_; ++i) y[(i - 1) * along_task] = (x[i * task_] + first) * centred_.up2;
+      }
+    }
   }
 
   // QR of Y or of Yᵀ, whichever is tall; core_ gets R or Rᵀ.
@@ -124,25 +150,28 @@ class Compressor {
     }
   }
 
-  // energy_[c] = ‖Yᵀu‖² with u along the core's column c: the columns' own norms carry what all rotations rounded.
+  // energy_[c] = ‖Yᵀu‖² with u along the core's column c: the columns' own norms carry what all rotations rounded. Those of the
+  // components are found closer in write(); and a negligible column has no direction of its own: there its norm will do.
   void energies() {
     const int64_t rows = tall_ ? r_ : columns_;
     for (int64_t c = 0; c < k_; ++c) {
-      const Vec<T>* const u = core_ + c * k_;
-      Vec<T> square{};
-      for (int64_t i = 0; i < k_; ++i) {
-        Vec<T> along = diagonal_[i] * u[i];
-        if (tall_) {
-          for (int64_t j = 0; j < i; ++j) along += y_[i * rows + j] * u[j];  // (Rᵀu)_i
-        } else {
-          for (int64_t j = i + 1; j < k_; ++j) along += y_[j * rows + i] * u[j];  // (Ru)_i
+      energy_[c] = norms_[c];
+      if (c >= p_) {
+        const Vec<T>* const u = core_ + c * k_;
+        Vec<T> square{};
+        for (int64_t i = 0; i < k_; ++i) {
+          Vec<T> along = diagonal_[i] * u[i];
+          if (tall_) {
+            for (int64_t j = 0; j < i; ++j) along += y_[i * rows + j] * u[j];  // (Rᵀu)_i
+          } else {
+            for (int64_t j = i + 1; j < k_; ++j) along += y_[j * rows + i] * u[j];  // (Ru)_i
+          }
+          square += along * along;
         }
-        square += along * along;
+        const Mask<T> live = (norms_[c] > Bits<T>::deficient * Bits<T>::deficient * norms_[0]) & (norms_[c] > Bits<T>::tiny);
+        energy_[c] = select<T>(live, square / select<T>(live, norms_[c], splat<T>(1)), norms_[c]);
       }
-      // A negligible column has no direction of its own; its norm will do.
-      const Mask<T> live = (norms_[c] > Bits<T>::deficient * Bits<T>::deficient * norms_[0]) & (norms_[c] > Bits<T>::tiny);
-      const Vec<T> energy = select<T>(live, square / select<T>(live, norms_[c], splat<T>(1)), norms_[c]);
-      energy_[c] = energy * centred_.down2 * centred_.down2 * centred_.down1 * centred_.down1;
+      energy_[c] = energy_[c] * centred_.down2 * centred_.down2 * centred_.down1 * centred_.down1;
     }
   }
 
@@ -173,7 +202,7 @@ class Compressor {
       norms_[c] = Vec<T>{};           // sums over eight tasks: a few long ones round less than one longer
     }
     for (int64_t i = 0; i < n_; ++i) {
-      dots<T>(x_ + i * r_, u_, r_, p_, c_);
+      dots<T>(x_ + i * task_, u_, r_, p_, c_);
       for (int64_t c = 0; c < live; ++c) {
         c_[c] *= kept_[c];
         norms_[c] += c_[c] * c_[c];
@@ -209,6 +238,7 @@ class Compressor {
   const CompressArgs& args_;
   const int64_t n_, positions_, r_, p_, columns_, k_;
   const bool tall_;
+  const int64_t task_;  // from one task's vector to the next in x_: odd, so that they do not share a place in the cache
   const Jacobi<T> jacobi_;
   Scratch<T> scratch_;
   Vec<T>*x_, *y_, *core_, *tau_, *diagonal_, *norms_, *kept_, *energy_, *u_, *mean_, *c_;

@@ -35,6 +35,39 @@ RMM_INLINE void dots(const Vec<T>* a, const Vec<T>* columns, int64_t rows, int64
   for (; c < count; ++c) out[c] = dot<T>(a, columns + c * rows, rows);
 }
 
+// columns ← (I − tau v vᵀ) columns, `count` of them, `stride` apart: two at a time, which share v and do not wait for each
+// other.
+template <class T>
+RMM_INLINE void reflect(const Vec<T>* v, Vec<T> tau, int64_t rows, Vec<T>* columns, int64_t stride, int64_t count) {
+  int64_t c = 0;
+  for (; c + 2 <= count; c += 2) {
+    Vec<T>*const a = columns + c * stride, *const b = a + stride;
+    Vec<T> sum[4] = {};
+    int64_t i = 0;
+    for (; i + 2 <= rows; i += 2) {
+      sum[0] += v[i] * a[i];
+      sum[1] += v[i] * b[i];
+      sum[2] += v[i + 1] * a[i + 1];
+      sum[3] += v[i + 1] * b[i + 1];
+    }
+    if (i < rows) {
+      sum[0] += v[i] * a[i];
+      sum[1] += v[i] * b[i];
+    }
+    const Vec<T> step_a = tau * (sum[0] + sum[2]), step_b = tau * (sum[1] + sum[3]);
+    for (i = 0; i < rows; ++i) {
+      const Vec<T> vi = v[i];
+      a[i] -= step_a * vi;
+      b[i] -= step_b * vi;
+    }
+  }
+  if (c < count) {
+    Vec<T>* const a = columns + c * stride;
+    const Vec<T> step = tau * dot<T>(v, a, rows);
+    for (int64_t i = 0; i < rows; ++i) a[i] -= step * v[i];
+  }
+}
+
 // A = QR in place. Column j then holds R above its diagonal and the Householder vector from it on; R's diagonal goes to
 // diagonal[j]; H_j = I − tau[j] v_j v_jᵀ. A column without norm gives H_j = I.
 template <class T>
@@ -50,25 +83,14 @@ void householder(Vec<T>* a, int64_t rows, int64_t cols, Vec<T>* tau, Vec<T>* dia
     tau[j] = select<T>(live, T(2) / (safe + norm * (T(2) * abs<T>(first) + norm)), splat<T>(0));  // 2 / vᵀv
     diagonal[j] = select<T>(live, copy_sign<T>(-norm, -first), first);
     v[0] = first + copy_sign<T>(norm, first);
-    for (int64_t k = j + 1; k < cols; ++k) {
-      Vec<T>* column = a + k * rows + j;
-      const Vec<T> step = tau[j] * dot<T>(v, column, length);
-      for (int64_t i = 0; i < length; ++i) column[i] -= step * v[i];
-    }
+    reflect<T>(v, tau[j], length, v + rows, rows, cols - j - 1);
   }
 }
 
-// column ← Q column, for `count` columns of `rows`.
+// columns ← Q columns, `count` of them of `rows` each.
 template <class T>
 void apply_q(const Vec<T>* a, const Vec<T>* tau, int64_t rows, int64_t cols, Vec<T>* columns, int64_t count) {
-  for (int64_t c = 0; c < count; ++c) {
-    for (int64_t j = cols - 1; j >= 0; --j) {
-      const Vec<T>* v = a + j * rows + j;
-      Vec<T>* column = columns + c * rows + j;
-      const Vec<T> step = tau[j] * dot<T>(v, column, rows - j);
-      for (int64_t i = 0; i < rows - j; ++i) column[i] -= step * v[i];
-    }
-  }
+  for (int64_t j = cols - 1; j >= 0; --j) reflect<T>(a + j * rows + j, tau[j], rows - j, columns + j, rows, count);
 }
 
 struct Pair {
@@ -90,16 +112,6 @@ inline void odd_even_pairs(int64_t k, int32_t* list, Pair* pairs) {
   }
 }
 
-// 1/√z for z in [0.5, 1].
-template <class T>
-RMM_INLINE Vec<T> rsqrt_of_half_to_one(Vec<T> z) {
-  Vec<T> y = T(2.2354) + z * (T(-2.0575) + T(0.8246) * z);  // within 0.5%
-  const Vec<T> half = T(0.5) * z;
-  for (int i = 0; i < (sizeof(T) == 4 ? 1 : 2); ++i) y = y * (T(1.5) - half * y * y);
-  const Vec<T> residual = T(0.5) - (half * y) * y;
-  return y + y * residual;
-}
-
 // A rotation of two columns, and what it has to do with: squared norms and dot product.
 template <class T>
 struct Turn {
@@ -107,27 +119,30 @@ struct Turn {
   Mask<T> turned;
 };
 
-// Where p and q are to be rotated: not orthogonal, or p the shorter one. Not where both are negligible.
+// Where p and q are to be rotated: not orthogonal, or p the shorter one. Not where both are negligible: pp·qq up to `floor`.
 template <class T>
 RMM_INLINE Mask<T> needs_turn(Vec<T> pp, Vec<T> qq, Vec<T> pq, T tolerance, Vec<T> floor) {
-  const Vec<T> gap = pp - qq, radius2 = gap * gap + T(4) * pq * pq;
-  const Mask<T> slanted = (pq * pq > (tolerance * pp) * (tolerance * qq)) & (pp * qq > floor);
-  return (slanted | (qq > pp)) & (radius2 > Bits<T>::tiny);
+  const Vec<T> product = pp * qq, square = pq * pq, gap = pp - qq;
+  const Mask<T> slanted = (square > (tolerance * tolerance) * product) & (product > floor);
+  return (slanted | (qq > pp)) & (gap * gap + T(4) * square > Bits<T>::tiny);
 }
 
 // The rotation that makes p and q orthogonal and p the longer one, 1 and 0 in lanes that need none; updates pp and qq.
 // The angle need only be good (it is found again next sweep), but cosine² + sine² = 1 must hold to rounding.
 template <class T>
 RMM_INLINE void find_turn(Vec<T>& pp, Vec<T>& qq, Turn<T>& turn) {
-  const Vec<T> pq = turn.pq, gap = pp - qq;
-  const Vec<T> radius2 = gap * gap + T(4) * pq * pq, half = T(0.5) * radius2;
-  Vec<T> inverse = (Vec<T>)(Bits<T>::rsqrt_magic - ((Mask<T>)radius2 >> 1));  // 1/√radius2, to 5e-6 (3e-11)
-  for (int i = 0; i < (sizeof(T) == 4 ? 2 : 3); ++i) inverse = inverse * (T(1.5) - half * inverse * inverse);
-  const Vec<T> z = T(0.5) + T(0.5) * (abs<T>(gap) * inverse);  // cos² of the smaller angle
-  const Vec<T> slope = pq * inverse;                           // its cos · sin
-  const Vec<T> root = rsqrt_of_half_to_one<T>(z * z + slope * slope);
+  const Vec<T> pq = turn.pq, gap = pp - qq, radius2 = gap * gap + T(4) * pq * pq;
+  // 1/√radius2, to 5e-6 (fp64: 3e-11).
+  Vec<T> inverse = (Vec<T>)(Bits<T>::rsqrt_magic - ((Mask<T>)radius2 >> 1));
+  for (int i = 0; i < (sizeof(T) == 4 ? 2 : 3); ++i) inverse = inverse * (T(1.5) - (T(0.5) * radius2) * (inverse * inverse));
+  const Vec<T> z = T(0.5) + T(0.5) * (abs<T>(gap) * inverse);            // cos² of the smaller angle
+  const Vec<T> slope = pq * inverse;                                     // its cos · sin
+  const Vec<T> square = z * z + slope * slope;                           // cos², in [0.5, 1]
+  Vec<T> root = T(2.2354) + square * (T(-2.0575) + T(0.8246) * square);  // 1/cos within 0.5%
+  for (int i = 0; i < (sizeof(T) == 4 ? 1 : 2); ++i) root = root * (T(1.5) - (T(0.5) * square) * (root * root));
   Vec<T> large = z * root, small = slope * root;
-  const Vec<T> excess = T(0.5) * ((large * large - T(1)) + small * small);  // one more step: columns must not drift in length
+  // The last Newton step on both together, in the form that leaves no error of its own: columns must not drift in length.
+  const Vec<T> excess = T(0.5) * ((large * large - T(1)) + small * small);
   large -= excess * large;
   small -= excess * small;
   const Vec<T> shift = pq * small * root;  // how far the squared norms move apart

@@ -86,6 +86,13 @@ RMM_INLINE Vec<T> abs(Vec<T> v) {
   return (Vec<T>)((Mask<T>)v & ~sign);
 }
 
+// The larger of a magnitude and |v|, by their bits, which order as magnitudes do; NaN and Inf come out above all others.
+template <class T>
+RMM_INLINE Mask<T> larger_magnitude(Mask<T> magnitude, Vec<T> v) {
+  const Mask<T> bits = (Mask<T>)abs<T>(v);
+  return bits > magnitude ? bits : magnitude;
+}
+
 // |magnitude| with the sign of `sign`.
 template <class T>
 RMM_INLINE Vec<T> copy_sign(Vec<T> magnitude, Vec<T> sign) {

@@ -207,6 +207,35 @@ void store_tile(Dtype dtype, char* to, int64_t lane_stride, int64_t row_stride, 
   }
 }
 
+// The memory of `count` tiles, a view's stride[0] apart, as lines along whichever axis is dense; none where neither is.
+class TileLines {
+ public:
+  TileLines(const View& view, const char* from, int64_t count, int64_t lanes, int64_t lane_stride, int64_t rows,
+            int64_t row_stride)
+      : from_(from), count_(lane_stride == 1 || row_stride == 1 ? count : 0), tile_(view.stride[0] * element_size(view.dtype)) {
+    const bool along_rows = row_stride == 1;
+    lines_ = along_rows ? lanes : rows;
+    line_ = (along_rows ? lane_stride : row_stride) * element_size(view.dtype);
+    bytes_ = (along_rows ? rows : lanes) * element_size(view.dtype);
+  }
+
+  // Asks for every `steps`th line of each tile from line `step` on, to be written if Write. Many requests at once would be
+  // waited for. Inline: the compiler drops calls of what does nothing else.
+  template <bool Write>
+  RMM_INLINE void prefetch(int64_t step, int64_t steps) const {
+    for (int64_t line = step; line < lines_; line += steps) {
+      const char* at = from_ + line * line_;
+      for (int64_t i = 0; i < count_; ++i, at += tile_) {
+        for (int64_t byte = 0; byte < bytes_; byte += 64) __builtin_prefetch(at + byte, Write, 3);
+      }
+    }
+  }
+
+ private:
+  const char* from_;
+  int64_t count_, tile_, lines_, line_, bytes_;
+};
+
 // A row of `count` values, `stride` apart, in consecutive lanes; what is left of the last vector is 0.
 template <class T>
 void load_row(Dtype dtype, const char* from, int64_t stride, int64_t count, Vec<T>* row) {
