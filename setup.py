@@ -34,7 +34,7 @@ COMMON = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     *SANITIZE,
 ]
-AVX2 = ["-mavx2", "-mfma"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 INSTRUCTION_SETS = {"baseline": ["-DRMM_OPS"]}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = AVX2

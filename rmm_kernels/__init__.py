@@ -3,6 +3,7 @@
 from ._library import backends, build_info
 from ._version import __version__
 from .adapters import Adapter, AdapterError, LoraFactors, load_adapter, load_adapters, save_adapter
+from .engine import Engine
 from .merge import MergedAdapters, MergedModule, MergeError, merge
 from .modules import Attachment, MultiTaskLoRALinear, attach
 from .ops import (
@@ -16,16 +17,19 @@ from .ops import (
     reconstruct,
     truncated_svd,
 )
+from .slots import TensorParallel
 
 __all__ = [
     "Adapter",
     "AdapterError",
     "Attachment",
+    "Engine",
     "LoraFactors",
     "MergeError",
     "MergedAdapters",
     "MergedModule",
     "MultiTaskLoRALinear",
+    "TensorParallel",
     "__version__",
     "attach",
     "backends",

@@ -63,17 +63,27 @@ void add_block(Dtype dtype, char* y, int64_t stride, int64_t width, const Vec<T>
   if (!plain) store_row<T>(dtype, y, stride, width, room);
 }
 
+// The next block of every row of a basis that is read where it is.
+template <class T>
+void fetch_rows(const Panel<T>& panel, int64_t block, int64_t k, int64_t r) {
+  for (int64_t j = 0; j < r; ++j) {
+    const char* const row = reinterpret_cast<const char*>(panel.at(block, k, j));
+    for (int byte = 0; byte < kBlockBytes; byte += 64) __builtin_prefetch(row + byte);
+  }
+}
+
 template <class T>
 void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int64_t end) {
   const View &y = args.y, &basis = args.basis, &coeff = args.coeff;
   const int64_t r = basis.size[2], p = coeff.size[1], count = end - begin, blocks = blocks_of(count, kBlock<T>);
   const int64_t rows = r * kBlockVecs, u_vecs = (chunk.count * r) / kLanes<T> + 1;
-  Scratch<T> scratch((p + 2) * blocks * rows + 2 * kTokens * kBlockVecs + kBlockVecs + u_vecs);
+  Scratch<T> scratch((p + 2) * blocks * rows + (2 * kTokens + 1 + p) * kBlockVecs + u_vecs);
   Vec<T>* const packed = scratch.take((p + 1) * blocks * rows);
   Vec<T>* const factor = scratch.take(blocks * rows);
   Vec<T>* const weights = scratch.take(kTokens * kBlockVecs);
   Vec<T>* const delta = scratch.take(kTokens * kBlockVecs);
   Vec<T>* const row = scratch.take(kBlockVecs);
+  Vec<T>* const c = scratch.take(p * kBlockVecs);
   T* const u = reinterpret_cast<T*>(scratch.take(u_vecs));  // [chunk.count, r], scaled
   const Panel<T> panel = pack<T>(basis, 2, 1, begin, count, chunk.count, packed);
   for (int64_t i = 0; i < chunk.count; ++i) {
@@ -85,23 +95,33 @@ void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int
     const int64_t alone = singles(chunk, i, kTokens);
     some = alone > 0 ? alone : run_length(chunk, i);
     Panel<T> own{};
-    if (alone == 0) own = rebuild<T>(panel, r, coeff, chunk.tasks[i], begin, count, row, factor);
+    if (alone == 0) own = rebuild<T>(panel, r, coeff, chunk.tasks[i], begin, count, c, factor);
     for (int64_t first = i; first < i + some; first += kTokens) {
       const int64_t tokens = i + some - first < kTokens ? i + some - first : kTokens;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t position = begin + block * kBlock<T>;
         const int64_t width = end - position < kBlock<T> ? end - position : kBlock<T>;
         for (int64_t v = 0; v < tokens * kBlockVecs; ++v) delta[v] = Vec<T>{};
+        // Where this block's tokens, or the next ones, go on.
+        const bool last = block + 1 == blocks;
+        const int64_t ahead = last ? first + tokens : first, from = last ? begin : position + width;
+        const int64_t until = ahead + kTokens < chunk.count ? ahead + kTokens : chunk.count;
+        for (int64_t t = ahead; t < until; ++t) fetch_block(y.dtype, y.at(chunk.order[t], from), y.stride[1]);
         if (alone == 0) {
           expand_tokens<T, kTokens>(tokens, own.at(block, 0), own.rank, r, u + first * r, nullptr, delta);
         } else {
+          if (panel.in_place && block + 1 < blocks) fetch_rows(panel, block + 1, 0, r);
           expand_tokens<T, kTokens>(tokens, panel.at(block, 0), panel.rank, r, u + first * r, nullptr, delta);
           for (int64_t k = 0; k < p; ++k) {
+            for (int64_t t = ahead; t < until; ++t) {
+              fetch_block(coeff.dtype, coeff.at(chunk.tasks[t], k, from), coeff.stride[2]);
+            }
             const T* weight[kTokens];
             for (int64_t t = 0; t < tokens; ++t) {
               const char* const at = coeff.at(chunk.tasks[first + t], k, position);
               weight[t] = row_of<T>(coeff.dtype, at, coeff.stride[2], width, weights + t * kBlockVecs);
             }
+            if (panel.in_place && block + 1 < blocks) fetch_rows(panel, block + 1, k + 1, r);
             expand_tokens<T, kTokens>(tokens, panel.at(block, k + 1), panel.rank, r, u + first * r, weight, delta);
           }
         }

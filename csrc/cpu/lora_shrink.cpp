@@ -17,10 +17,16 @@ namespace RMM_ISA {
 // sums in registers.
 template <class T, int Tokens, int Rows>
 RMM_INLINE void shrink_tile(const T* w, int64_t row_stride, int64_t segment_stride, const T* const* z, int64_t segments,
-                            Vec<T>* sums, int64_t sums_stride) {
-  Vec<T> sum[Tokens][Rows] = {};
+                            Vec<T>* sums, int64_t sums_stride, Ahead& ahead) {
+  Vec<T> sum[Tokens][Rows];
+#pragma GCC unroll 8
+  for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 8
+    for (int j = 0; j < Rows; ++j) sum[t][j] = sums[t * sums_stride + j];
+  }
   for (int64_t s = 0; s < segments; ++s) {
     const T* const ws = w + s * segment_stride;
+    ahead.step();
     for (int v = 0; v < kBlockVecs; ++v) {
       Vec<T> row[Rows];
 #pragma GCC unroll 8
@@ -36,23 +42,26 @@ RMM_INLINE void shrink_tile(const T* w, int64_t row_stride, int64_t segment_stri
 #pragma GCC unroll 8
   for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 8
-    for (int j = 0; j < Rows; ++j) sums[t * sums_stride + j] += sum[t][j];
+    for (int j = 0; j < Rows; ++j) sums[t * sums_stride + j] = sum[t][j];
   }
 }
 
 // As shrink_tile, for 1 to Tokens tokens and any number of ranks.
 template <class T, int Tokens>
 void shrink_tokens(int64_t tokens, const T* w, int64_t row_stride, int64_t segment_stride, const T* const* z, int64_t segments,
-                   int64_t r, Vec<T>* sums) {
+                   int64_t r, Vec<T>* sums, Ahead& ahead) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return shrink_tokens<T, Tokens - 1>(tokens, w, row_stride, segment_stride, z, segments, r, sums);
+    if (tokens < Tokens) {
+      return shrink_tokens<T, Tokens - 1>(tokens, w, row_stride, segment_stride, z, segments, r, sums, ahead);
+    }
   }
+  ahead.spread((r / 4 + r % 4) * segments);
   int64_t j = 0;
   for (; j + 4 <= r; j += 4) {
-    shrink_tile<T, Tokens, 4>(w + j * row_stride, row_stride, segment_stride, z, segments, sums + j, r);
+    shrink_tile<T, Tokens, 4>(w + j * row_stride, row_stride, segment_stride, z, segments, sums + j, r, ahead);
   }
   for (; j < r; ++j) {
-    shrink_tile<T, Tokens, 1>(w + j * row_stride, row_stride, segment_stride, z, segments, sums + j, r);
+    shrink_tile<T, Tokens, 1>(w + j * row_stride, row_stride, segment_stride, z, segments, sums + j, r, ahead);
   }
 }
 
@@ -74,56 +83,99 @@ void add_lanes(const Vec<T>* v, int64_t count, T* out) {
   }
 }
 
+// to[k] = c_k ⊙ x over `count` positions from `position` on, k = 0 … p and c_0 = 1; to[k] are `blocks` blocks apart.
+template <class T>
+void scale_row(const ShrinkArgs& args, const Chunk& chunk, int64_t token, int64_t position, int64_t count, int64_t blocks,
+               Vec<T>* to, Vec<T>* room) {
+  const View &x = args.x, &coeff = args.coeff;
+  const T* const row = row_of<T>(x.dtype, x.at(chunk.order[token], position), x.stride[1], count, to);
+  for (int64_t v = 0; v < blocks * kBlockVecs; ++v) to[v] = load(row + v * kLanes<T>);
+  for (int64_t k = 0; k < coeff.size[1]; ++k) {
+    Vec<T>* const product = to + (k + 1) * blocks * kBlockVecs;
+    const T* const weight = row_of<T>(coeff.dtype, coeff.at(chunk.tasks[token], k, position), coeff.stride[2], count, room);
+    for (int64_t v = 0; v < blocks * kBlockVecs; ++v) product[v] = to[v] * load(weight + v * kLanes<T>);
+  }
+}
+
+// What scale_row will read.
+template <class T>
+void add_row(Ahead& ahead, const ShrinkArgs& args, const Chunk& chunk, int64_t token, int64_t position, int64_t count) {
+  const View &x = args.x, &coeff = args.coeff;
+  ahead.add(x.dtype, x.at(chunk.order[token], position), x.stride[1], count);
+  for (int64_t k = 0; k < coeff.size[1]; ++k) {
+    ahead.add(coeff.dtype, coeff.at(chunk.tasks[token], k, position), coeff.stride[2], count);
+  }
+}
+
+constexpr int64_t kFew = 4;  // blocks of a row that the restored form takes at once
+
 template <class T>
 void shrink_chunk(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int64_t end, T* out) {
   const View &x = args.x, &basis = args.basis, &coeff = args.coeff;
   const int64_t r = basis.size[1], p = coeff.size[1], count = end - begin, blocks = blocks_of(count, kBlock<T>);
-  const int64_t rows = r * kBlockVecs, span = blocks * kBlockVecs, scaled = (p + 1) * kBlockVecs;
-  Scratch<T> scratch((p + 2) * blocks * rows + chunk.count * r + kTokens * (scaled + span) + kBlockVecs);
+  const int64_t rows = r * kBlockVecs, span = blocks * kBlockVecs, block_row = (p + 1) * kBlockVecs;
+  const int64_t widest = (p + 1) * span > kFew * kBlockVecs ? (p + 1) * span : kFew * kBlockVecs;
+  Scratch<T> scratch((p + 2) * blocks * rows + chunk.count * r + kTokens * widest + span + p * kBlockVecs);
   Vec<T>* const packed = scratch.take((p + 1) * blocks * rows);
   Vec<T>* const factor = scratch.take(blocks * rows);
   Vec<T>* const sums = scratch.take(chunk.count * r);
-  Vec<T>* const products = scratch.take(kTokens * scaled);
-  Vec<T>* const copies = scratch.take(kTokens * span);
-  Vec<T>* const c = scratch.take(kBlockVecs);
+  Vec<T>* const scaled = scratch.take(kTokens * widest);
+  Vec<T>* const room = scratch.take(span);
+  Vec<T>* const c = scratch.take(p * kBlockVecs);
   const Panel<T> panel = pack<T>(basis, 1, 2, begin, count, chunk.count, packed);
   for (int64_t i = 0; i < chunk.count * r; ++i) sums[i] = Vec<T>{};
 
+  const T* z[kTokens];
+  Ahead ahead;
   for (int64_t i = 0, some; i < chunk.count; i += some) {
-    const T* z[kTokens];
-    const auto row = [&](int64_t t) {
-      return row_of<T>(x.dtype, x.at(chunk.order[i + t], begin), x.stride[1], count, copies + t % kTokens * span);
-    };
     some = singles(chunk, i, kTokens);
     if (some == 0) {
       some = run_length(chunk, i);
       const Panel<T> own = rebuild<T>(panel, r, coeff, chunk.tasks[i], begin, count, c, factor);
       for (int64_t done = 0; done < some; done += kTokens) {
         const int64_t tokens = some - done < kTokens ? some - done : kTokens;
-        for (int64_t t = 0; t < tokens; ++t) z[t] = row(done + t);
-        shrink_tokens<T, kTokens>(tokens, own.data, own.rank, own.block, z, blocks, r, sums + (i + done) * r);
-      }
-      continue;
-    }
-    const T* from[kTokens];
-    for (int64_t t = 0; t < some; ++t) {
-      from[t] = row(t);
-      z[t] = reinterpret_cast<const T*>(products + t * scaled);
-    }
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t position = begin + block * kBlock<T>, width = end - position < kBlock<T> ? end - position : kBlock<T>;
-      for (int64_t t = 0; t < some; ++t) {
-        Vec<T>* const product = products + t * scaled;
-        for (int v = 0; v < kBlockVecs; ++v) product[v] = load(from[t] + block * kBlock<T> + v * kLanes<T>);
-        for (int64_t k = 0; k < p; ++k) {
-          const char* const at = coeff.at(chunk.tasks[i + t], k, position);
-          const T* const weight = row_of<T>(coeff.dtype, at, coeff.stride[2], width, c);
-          for (int v = 0; v < kBlockVecs; ++v) {
-            product[(k + 1) * kBlockVecs + v] = product[v] * load(weight + v * kLanes<T>);
+        // A few blocks at a time, so that rows of x stay in the first-level cache while the factor passes.
+        for (int64_t block = 0, few; block < blocks; block += few) {
+          few = blocks - block < kFew ? blocks - block : kFew;
+          const int64_t position = begin + block * kBlock<T>, most = kFew * kBlock<T>;
+          const int64_t width = end - position < most ? end - position : most, left = end - position - width;
+          ahead.clear();
+          for (int64_t t = 0; t < tokens; ++t) {
+            const char* const at = x.at(chunk.order[i + done + t], position);
+            z[t] = row_of<T>(x.dtype, at, x.stride[1], width, scaled + t * kFew * kBlockVecs);
+            ahead.add(x.dtype, at + width * element_size(x.dtype), x.stride[1], left < most ? left : most);
           }
+          for (int64_t t = i + done + tokens; left == 0 && t < chunk.count && t < i + done + tokens + kTokens; ++t) {
+            ahead.add(x.dtype, x.at(chunk.order[t], begin), x.stride[1], count < most ? count : most);
+          }
+          shrink_tokens<T, kTokens>(tokens, own.at(block, 0), own.rank, own.block, z, few, r, sums + (i + done) * r, ahead);
         }
       }
-      shrink_tokens<T, kTokens>(some, panel.at(block, 0), panel.rank, panel.component, z, p + 1, r, sums + i * r);
+    } else if (panel.in_place) {
+      // Row by row of the basis, each from end to end.
+      for (int64_t t = 0; t < some; ++t) {
+        scale_row<T>(args, chunk, i + t, begin, count, blocks, scaled + t * (p + 1) * span, room);
+      }
+      ahead.clear();
+      for (int64_t k = 0; k <= p; ++k) {
+        for (int64_t t = 0; t < some; ++t) z[t] = reinterpret_cast<const T*>(scaled + (t * (p + 1) + k) * span);
+        shrink_tokens<T, kTokens>(some, panel.at(0, k), panel.rank, panel.block, z, blocks, r, sums + i * r, ahead);
+      }
+    } else {
+      for (int64_t t = 0; t < some; ++t) z[t] = reinterpret_cast<const T*>(scaled + t * block_row);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t position = begin + block * kBlock<T>, width = end - position < kBlock<T> ? end - position : kBlock<T>;
+        const int64_t left = end - position - width;
+        ahead.clear();
+        for (int64_t t = 0; t < some; ++t) {
+          scale_row<T>(args, chunk, i + t, position, width, 1, scaled + t * block_row, room);
+          add_row<T>(ahead, args, chunk, i + t, position + width, left < kBlock<T> ? left : kBlock<T>);
+        }
+        for (int64_t t = i + some; left == 0 && t < chunk.count && t < i + some + kTokens; ++t) {
+          add_row<T>(ahead, args, chunk, t, begin, count < kBlock<T> ? count : kBlock<T>);
+        }
+        shrink_tokens<T, kTokens>(some, panel.at(block, 0), panel.rank, panel.component, z, p + 1, r, sums + i * r, ahead);
+      }
     }
   }
   add_lanes<T>(sums, chunk.count * r, out);

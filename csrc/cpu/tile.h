@@ -3,6 +3,10 @@
 
 #include "simd.h"
 
+#if defined(__F16C__)
+#include <immintrin.h>  // compilers have no conversion of fp16 vectors
+#endif
+
 namespace rmm {
 namespace RMM_ISA {
 
@@ -20,6 +24,11 @@ typedef uint16_t U16 __attribute__((vector_size(kBytes / 2)));
 
 RMM_INLINE Vec<float> widen(U16 bits, BF16) { return (Vec<float>)(__builtin_convertvector(bits, U32) << 16); }
 
+#if defined(__AVX512F__)
+RMM_INLINE Vec<float> widen(U16 bits, F16) { return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits); }
+#elif defined(__F16C__)
+RMM_INLINE Vec<float> widen(U16 bits, F16) { return (Vec<float>)_mm256_cvtph_ps((__m128i)bits); }
+#else
 RMM_INLINE Vec<float> widen(U16 bits, F16) {
   const U32 wide = __builtin_convertvector(bits, U32);
   const U32 magnitude = wide & 0x7fffu;
@@ -31,6 +40,7 @@ RMM_INLINE Vec<float> widen(U16 bits, F16) {
   value = magnitude >= 0x7c00u ? special : value;
   return (Vec<float>)((U32)value | ((wide & 0x8000u) << 16));
 }
+#endif
 
 RMM_INLINE U16 narrow(Vec<float> value, BF16) {
   const U32 bits = (U32)value;
@@ -39,6 +49,13 @@ RMM_INLINE U16 narrow(Vec<float> value, BF16) {
   return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, U16);
 }
 
+#if defined(__AVX512F__)
+RMM_INLINE U16 narrow(Vec<float> value, F16) {
+  return (U16)_mm512_maskz_cvtps_ph(0xffff, (__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__F16C__)
+RMM_INLINE U16 narrow(Vec<float> value, F16) { return (U16)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT); }
+#else
 RMM_INLINE U16 narrow(Vec<float> value, F16) {
   const U32 bits = (U32)value;
   const U32 magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
@@ -50,6 +67,7 @@ RMM_INLINE U16 narrow(Vec<float> value, F16) {
   out = magnitude > 0x7f800000u ? U32{} + 0x7e00u : out;
   return __builtin_convertvector(out | sign, U16);
 }
+#endif
 
 // Vectors from and to storage of T itself or of a half type (F16, BF16), whose values are float.
 template <class T, class From>
