@@ -80,6 +80,13 @@ def register(
             torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
 
 
+def register_composite(name: str, schema: str, function: Callable[..., Any], *, fake: Callable[..., Any]) -> None:
+    """An op made of torch's own on every device, with one overload: for what a traced graph can't look into."""
+    _library.define(f"{name}{schema}")
+    _library.impl(name, _as_written(function), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
 def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` without autocast, which would run its matrix products in a dtype of its own choice."""
 

@@ -21,7 +21,7 @@ def deficiency(dtype: torch.dtype) -> float:
     return 1e-14 if dtype == torch.float64 else 1e-6
 
 
-def _power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
+def power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
     """x · 2^exponent, exactly, in two steps so that 2^exponent itself need not be representable."""
     half = torch.div(exponent, 2, rounding_mode="floor")
     one = torch.ones_like(half, dtype=x.dtype)
@@ -37,10 +37,10 @@ def _normalise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.where(finite, x, torch.zeros((), dtype=x.dtype, device=x.device)).double().contiguous()
     largest = x.abs().flatten(1).amax(1) if x[0:1].numel() else x.new_zeros(x.shape[0])
     exponent = torch.frexp(largest).exponent.reshape(-1, 1, 1)
-    return _power_of_two(x, -exponent), exponent, finite
+    return power_of_two(x, -exponent), exponent, finite
 
 
-def _positive_peak(u: Tensor) -> Tensor:
+def positive_peak(u: Tensor) -> Tensor:
     """±1 in fp64 per column of u [B, m, k]: the sign of its largest |component|, the lowest index on ties.
 
     Rounding makes ties: give u as it is returned.
@@ -76,10 +76,10 @@ def truncated_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     scaled, exponent, finite = _normalise(x)
     u, s, vh = torch.linalg.svd(scaled, full_matrices=False)
     u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
-    sign = _positive_peak(u.to(x.dtype))
+    sign = positive_peak(u.to(x.dtype))
     u = torch.where(finite, u * sign, torch.nan)
     vh = torch.where(finite, vh * sign.mT, torch.nan)
-    s = torch.where(finite[:, 0], _power_of_two(s, exponent[:, 0]), torch.nan)
+    s = torch.where(finite[:, 0], power_of_two(s, exponent[:, 0]), torch.nan)
     return u.to(x.dtype).contiguous(), s.to(accumulator(x.dtype)).contiguous(), vh.to(x.dtype).contiguous()
 
 
@@ -104,16 +104,16 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     mean, centred = _centre(scaled)
     u, s, _ = torch.linalg.svd(centred, full_matrices=True)
     u, s = u[..., :components], s[..., :k]
-    u = u * _positive_peak(u.to(x.dtype))
+    u = u * positive_peak(u.to(x.dtype))
     kept = torch.zeros(positions, components, 1, dtype=torch.bool, device=x.device)
     kept[:, : min(k, components), 0] = s[:, :components] > deficiency(x.dtype) * s[:, :1]
     coeff = torch.where(kept, u.mT @ centred, 0.0)  # [S, p, n]
 
     basis = like_layout(x, components + 1)
-    basis[0] = torch.where(finite, _power_of_two(mean, exponent), torch.nan)[..., 0]
+    basis[0] = torch.where(finite, power_of_two(mean, exponent), torch.nan)[..., 0]
     basis[1:] = torch.where(finite, u, torch.nan).permute(2, 0, 1)
-    coeff = torch.where(finite, _power_of_two(coeff, exponent), torch.nan).permute(2, 1, 0).to(x.dtype)
-    energy = torch.where(finite[:, 0], _power_of_two(s, exponent[:, 0]).square(), torch.nan)
+    coeff = torch.where(finite, power_of_two(coeff, exponent), torch.nan).permute(2, 1, 0).to(x.dtype)
+    energy = torch.where(finite[:, 0], power_of_two(s, exponent[:, 0]).square(), torch.nan)
     return basis, coeff.contiguous(), energy.to(accumulator(x.dtype)).contiguous()
 
 
