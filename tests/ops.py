@@ -33,6 +33,18 @@ def instruction_set(name: str | None) -> Iterator[None]:
             _library._C.use_instruction_set(before)
 
 
+@contextmanager
+def triton_on_cpu(way: str | None) -> Iterator[None]:
+    """Triton's kernels take CPU tensors, and run in the interpreter or in the simulator; None leaves them to a GPU."""
+    if way is None:
+        yield
+        return
+    import triton_runs
+
+    with triton_runs.running(triton_runs.RUNNERS[way]()):
+        yield
+
+
 @dataclass(frozen=True)
 class Overload:
     """One op of one backend on one device; calling it goes straight to `torch.ops.rmm_kernels.<op>.<backend>`."""
@@ -41,6 +53,7 @@ class Overload:
     backend: str
     device: str
     isa: str | None = None  # the CPU kernels' instruction set, where it is not the best one
+    way: str | None = None  # how Triton's kernels run on CPU tensors: a key of triton_runs.RUNNERS
 
     @property
     def handle(self) -> Any:
@@ -57,7 +70,7 @@ class Overload:
             return self.handle(*args)
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            with instruction_set(self.isa):
+            with instruction_set(self.isa), triton_on_cpu(self.way):
                 return self.handle(*args)
         finally:
             torch.use_deterministic_algorithms(False)
@@ -67,7 +80,7 @@ class Overload:
         return replace(self, op=op)
 
     def __str__(self) -> str:
-        return f"{self.backend}-{self.isa or self.device}"
+        return f"{self.backend}-{self.isa or self.way or self.device}"
 
 
 def devices() -> list[str]:
@@ -108,12 +121,19 @@ def lesser_isas(op: str) -> list[Overload]:
     return [Overload(op, "cpu", "cpu", isa) for isa in sets if _library.has_kernel(op, "cpu")]
 
 
-def each(op: str, dtypes: tuple[torch.dtype, ...] = (), isas: bool = False) -> pytest.MarkDecorator:
+def triton_ways(op: str) -> list[Overload]:
+    """Triton's overload of `op` on CPU tensors, in the interpreter and in the simulator: slow, so for few small shapes."""
+    ways = ("interpreter", "ptxsim") if _library.has_kernel(op, "triton") else ()
+    return [Overload(op, "triton", "cpu", way=way) for way in ways]
+
+
+def each(op: str, dtypes: tuple[torch.dtype, ...] = (), isas: bool = False, triton: bool = False) -> pytest.MarkDecorator:
     """Parametrise a test over `run`, every overload of `op`; with `dtypes`, over `dtype` too.
 
-    With `isas`, the CPU kernels run once for each instruction set.
+    With `isas`, the CPU kernels run once for each instruction set. With `triton`, the test is fit for Triton's kernels on
+    CPU tensors: small, or made so where `run.way` is set.
     """
-    runs = overloads(op) + (lesser_isas(op) if isas else [])
+    runs = overloads(op) + (lesser_isas(op) if isas else []) + (triton_ways(op) if triton else [])
     if not dtypes:
         return pytest.mark.parametrize("run", runs, ids=str)
     pairs = [(run, dtype) for run in runs for dtype in dtypes if dtype in run.dtypes]
