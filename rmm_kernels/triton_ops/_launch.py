@@ -23,7 +23,9 @@ class Launch:
         arguments: positional, tensors and scalars, as the kernel takes them.
         constants: the kernel's constexpr parameters, by name.
         num_warps, num_stages: as Triton means them.
-        fp_fusion: whether a product and a sum may become one fused multiply-add, which rounds once.
+        fp_fusion: whether the compiler may make a product and a sum one fused multiply-add, which rounds once. Not beside
+            a sum across lanes of products: each lane would fuse its own one, and lanes that hold copies of the sum would
+            differ in bits. tl.fma is always fused.
     """
 
     kernel: Any
@@ -50,7 +52,7 @@ def launch(
     *arguments: Any,
     num_warps: int = 4,
     num_stages: int = 1,
-    fp_fusion: bool = True,
+    fp_fusion: bool = False,
     **constants: Any,
 ) -> None:
     """Run `kernel` on the device of its arguments; nothing where the grid is empty."""
@@ -85,3 +87,13 @@ def require_floats(*tensors: Tensor) -> None:
         "float32, float16 or bfloat16, the same for all",
     )
     require(all(t.device == first.device for t in tensors), "all tensors on one device")
+
+
+def vector_width(x: Tensor) -> int:
+    """How many neighbours along the last axis of x one 128-bit access takes, 1 where x's memory does not allow it.
+
+    A property of the tensor, not of the part of it that a program sees: every matrix of a batch is treated alike.
+    """
+    width = 16 // x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and x.shape[-1] % width == 0 and all(s % width == 0 for s in x.stride()[:-1])
+    return width if x.stride(-1) == 1 and aligned else 1
