@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from . import triton_ops
+
 NAMESPACE = "rmm_kernels"
 
 _FACTORS = "Tensor basis_a, Tensor coeff_a, Tensor basis_b, Tensor coeff_b, Tensor task_ids, Tensor scaling"
@@ -59,7 +61,21 @@ _C: Any = _load_compiled("_C")
 if _C is None:
     _absent["cpu"] = "the compiled module rmm_kernels._C was not built; reinstall with a C++17 compiler"
 _absent["cuda"] = "not part of this release"
-_absent["triton"] = "not part of this release"
+
+
+def register_kernel(name: str, backend: str, function: Callable[..., Any]) -> None:
+    """`function` implements op `name` for `backend`; for CUDA tensors it serves the default overload too, unless a better
+    backend's kernel already does. So parts have to be registered best first."""
+    _library.impl(f"{name}.{backend}", function, BACKENDS[backend])
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA"):
+        _library.impl(name, function, "CUDA")
+
+
+_triton_absent = triton_ops.absent()
+if _triton_absent is None:
+    triton_ops.register(register_kernel)
+else:
+    _absent["triton"] = _triton_absent
 
 
 def register(

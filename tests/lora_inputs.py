@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+import ops
 import pytest
 import torch
-from ops import accumulator, bits, randn, roundoff, underflow
+from ops import FLOATS, accumulator, bits, randn, roundoff, underflow
 from torch import Tensor
 
 # A NaN whose payload any arithmetic would lose, as the bits of each dtype.
 PAYLOAD = {torch.float64: 0x7FF8_0000_DEAD_BEEF, torch.float32: 0x7FC1_2345, torch.float16: 0x7E5A, torch.bfloat16: 0x7FD5}
 INTEGER = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-
-ID_DTYPES = pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,60 @@ FEW_SHAPES = [
     Shape(64, 33, 40, 17, 64, 3),
     Shape(257, 40, 33, 16, 2, 3),
 ]
+
+
+# What the simulator runs of them, since it takes seconds to compile a kernel: each form, each dtype, whole and ragged tiles.
+SIMULATED = {
+    (SHAPES[3], torch.float16),
+    (SHAPES[8], torch.float32),
+    (SHAPES[13], torch.bfloat16),
+    (SHAPES[14], torch.bfloat16),
+    (SHAPES[16], torch.bfloat16),
+    (SHAPES[18], torch.float16),
+    (FEW_SHAPES[0], torch.bfloat16),
+    (FEW_SHAPES[1], torch.float32),
+    (FEW_SHAPES[2], torch.float16),
+    (FEW_SHAPES[3], torch.bfloat16),
+}
+
+
+def each(
+    op: str,
+    shapes: list[Shape],
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    isas: bool = False,
+    ids: bool = False,
+    on_cpu: list[Shape] | None = None,
+) -> pytest.MarkDecorator:
+    """Parametrise a test over `run`, `dtype` and `shape`, with `ids` over `id_dtype`: Triton's kernels on CPU tensors, too.
+
+    Of the shapes (of `on_cpu`, where given) the simulator runs SIMULATED, and on CPU tensors Triton's kernels have ids of both
+    dtypes by turns.
+    """
+    both = (torch.int32, torch.int64)
+    cases = []
+    for run in ops.overloads(op) + (ops.lesser_isas(op) if isas else []) + ops.triton_ways(op):
+        for dtype in (d for d in dtypes if d in run.dtypes):
+            for i, shape in enumerate(on_cpu or shapes if run.way else shapes):
+                if run.way == "ptxsim" and (shape, dtype) not in SIMULATED:
+                    continue
+                label = f"{run}-{ops.name(dtype)}-{shape}"
+                if not ids:
+                    cases.append(pytest.param(run, dtype, shape, id=label))
+                    continue
+                for id_dtype in both if run.way is None else (both[i % 2],):
+                    cases.append(pytest.param(run, dtype, shape, id_dtype, id=f"{label}-{ops.name(id_dtype)}"))
+    return pytest.mark.parametrize("run, dtype, shape" + (", id_dtype" if ids else ""), cases)
+
+
+def on_cpu(op: str) -> pytest.MarkDecorator:
+    """Parametrise a test over `run` and `dtype`: Triton's kernels on CPU tensors, in the simulator in one dtype."""
+    cases = [
+        pytest.param(run, dtype, id=f"{run}-{ops.name(dtype)}")
+        for run in ops.triton_ways(op)
+        for dtype in ((torch.bfloat16,) if run.way == "ptxsim" else (torch.float32, torch.float16))
+    ]
+    return pytest.mark.parametrize("run, dtype", cases)
 
 
 def skewed_ids(tokens: int, n: int, seed: int) -> Tensor:

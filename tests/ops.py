@@ -33,6 +33,18 @@ def instruction_set(name: str | None) -> Iterator[None]:
             _library._C.use_instruction_set(before)
 
 
+@contextmanager
+def triton_on_cpu(way: str | None) -> Iterator[None]:
+    """Triton's kernels take CPU tensors, and run in the interpreter or in the simulator; None leaves them to a GPU."""
+    if way is None:
+        yield
+        return
+    import triton_runs
+
+    with triton_runs.running(triton_runs.RUNNERS[way]()):
+        yield
+
+
 @dataclass(frozen=True)
 class Overload:
     """One op of one backend on one device; calling it goes straight to `torch.ops.rmm_kernels.<op>.<backend>`."""
@@ -41,6 +53,7 @@ class Overload:
     backend: str
     device: str
     isa: str | None = None  # the CPU kernels' instruction set, where it is not the best one
+    way: str | None = None  # how Triton's kernels run on CPU tensors: a key of triton_runs.RUNNERS
 
     @property
     def handle(self) -> Any:
@@ -48,8 +61,9 @@ class Overload:
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """GPU kernels have no fp64."""
-        return tuple(d for d in FLOATS if d != torch.float64 or self.backend in ("reference", "cpu"))
+        """GPU kernels have no fp64; Triton's interpreter rounds to bf16 wrongly, towards zero."""
+        own = FLOATS if self.backend in ("reference", "cpu") else FLOATS[:-1]
+        return tuple(d for d in own if d != torch.bfloat16 or self.way != "interpreter")
 
     def __call__(self, *args: Any) -> Any:
         """Memory that a kernel allocates is filled with NaN first, so that what it fails to write shows."""
@@ -57,17 +71,22 @@ class Overload:
             return self.handle(*args)
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            with instruction_set(self.isa):
+            with instruction_set(self.isa), triton_on_cpu(self.way):
                 return self.handle(*args)
         finally:
             torch.use_deterministic_algorithms(False)
+
+    @property
+    def refuses_ids(self) -> bool:
+        """Whether an id that is out of range is an error: looking would make a GPU wait."""
+        return self.device == "cpu" and self.way is None
 
     def sibling(self, op: str) -> Overload:
         """Another op of the same backend."""
         return replace(self, op=op)
 
     def __str__(self) -> str:
-        return f"{self.backend}-{self.isa or self.device}"
+        return f"{self.backend}-{self.isa or self.way or self.device}"
 
 
 def devices() -> list[str]:
@@ -108,12 +127,26 @@ def lesser_isas(op: str) -> list[Overload]:
     return [Overload(op, "cpu", "cpu", isa) for isa in sets if _library.has_kernel(op, "cpu")]
 
 
+def triton_ways(op: str) -> list[Overload]:
+    """Triton's overload of `op` on CPU tensors, in the interpreter and in the simulator: slow, so for few small shapes."""
+    ways = ("interpreter", "ptxsim") if _library.has_kernel(op, "triton") else ()
+    return [Overload(op, "triton", "cpu", way=way) for way in ways]
+
+
 def each(op: str, dtypes: tuple[torch.dtype, ...] = (), isas: bool = False) -> pytest.MarkDecorator:
     """Parametrise a test over `run`, every overload of `op`; with `dtypes`, over `dtype` too.
 
     With `isas`, the CPU kernels run once for each instruction set.
     """
-    runs = overloads(op) + (lesser_isas(op) if isas else [])
+    return _parametrise(overloads(op) + (lesser_isas(op) if isas else []), dtypes)
+
+
+def each_triton_way(op: str, dtypes: tuple[torch.dtype, ...] = ()) -> pytest.MarkDecorator:
+    """As `each`, over Triton's kernels on CPU tensors. Where there is no Triton, the test is skipped."""
+    return _parametrise(triton_ways(op), dtypes)
+
+
+def _parametrise(runs: list[Overload], dtypes: tuple[torch.dtype, ...]) -> pytest.MarkDecorator:
     if not dtypes:
         return pytest.mark.parametrize("run", runs, ids=str)
     pairs = [(run, dtype) for run in runs for dtype in dtypes if dtype in run.dtypes]

@@ -100,6 +100,34 @@ def test_threads_and_runs(run: ops.Overload, dtype: torch.dtype) -> None:
                 assert_same_bits(run(x, True), expected)
 
 
+@ops.each_triton_way("gram", dtypes=FLOATS)
+@pytest.mark.parametrize("center", [False, True], ids=["plain", "center"])
+def test_triton_on_cpu(run: ops.Overload, dtype: torch.dtype, center: bool) -> None:
+    """A partial group, a narrow and a wide block, two blocks; any memory; a bad matrix; an empty batch."""
+    for shape in [(9, 16, 8), (3, 40, 20), (1, 33, 70)]:
+        x = randn(*shape, seed=sum(shape), dtype=dtype)
+        check(x, center, run(x, center))
+    good = randn(9, 16, 8, seed=1, dtype=dtype)
+    for layout in ("transposed", "stepped"):
+        check(good, center, run(LAYOUTS[layout](good), center))
+    x = good.clone()
+    x[7, 3, 2] = torch.nan
+    got, expected = run(x, center), run(good, center)
+    others = [b for b in range(9) if b != 7]
+    assert_same_bits(got[others], expected[others])
+    assert got[7, 2].isnan().all() and got[7, :, 2].isnan().all()
+    assert_same_bits(run(good[2:], center), expected[2:])
+    for empty in [(0, 16, 8), (3, 0, 8), (3, 16, 0)]:
+        got = run(torch.ones(empty, dtype=dtype), center)
+        assert got.shape == (empty[0], empty[2], empty[2]) and not got.any()
+
+
+@ops.each_triton_way("gram")
+def test_triton_centering_an_offset(run: ops.Overload) -> None:
+    x = (randn(9, 16, 8, seed=1, dtype=torch.float64) + 1e5).float()
+    check(x, True, run(x, True))
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=ops.name)
 @pytest.mark.parametrize("shape", [(15, 16, 8), (16, 16, 8), (16, 16, 64), (16, 16, 65)], ids=str)
 def test_public_function(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:

@@ -13,7 +13,7 @@ import torch
 from lora_inputs import Shape, problem
 
 import rmm_kernels
-from rmm_kernels import _library
+from rmm_kernels import _library, triton_ops
 
 FACTORS = "Tensor basis_a, Tensor coeff_a, Tensor basis_b, Tensor coeff_b, Tensor task_ids, Tensor scaling"
 
@@ -99,6 +99,64 @@ def test_the_default_overload_runs_the_winner(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rmm_kernels::{op}", "CompositeExplicitAutograd")
 
 
+def without_triton(find: str) -> str:
+    """Code that imports the package where `find`, an expression, is what looking for Triton finds."""
+    return (
+        "import importlib.util as u, types\n"
+        "real = u.find_spec\n"
+        f"u.find_spec = lambda name, *rest: {find} if name == 'triton' else real(name, *rest)\n"
+        "import rmm_kernels\n"
+        "for op, entry in rmm_kernels.backends().items():\n"
+        "    assert 'triton' not in entry['available'], op\n"
+        "    print(entry['absent']['triton'])\n"
+    )
+
+
+def test_triton_is_not_installed() -> None:
+    done = fresh_python(without_triton("None"))
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.splitlines()) == {"Triton is not installed; the package `triton` (3.4 or newer) brings it"}
+
+
+def test_triton_is_too_old(tmp_path: Path) -> None:
+    (tmp_path / "__init__.py").write_text("__version__ = '3.3.1'\n")
+    done = fresh_python(without_triton(f"types.SimpleNamespace(origin={str(tmp_path / '__init__.py')!r})"))
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.splitlines()) == {"Triton 3.3.1 is too old; 3.4 or newer is needed"}
+
+
+@pytest.mark.skipif(not triton_ops.FILES or triton_ops.absent() is not None, reason="Triton is not here")
+def test_triton_serves_cuda_tensors_unless_cuda_does() -> None:
+    for op in triton_ops.FILES:
+        entry = rmm_kernels.backends()[op]
+        assert "triton" in entry["available"] and entry["cuda"] in ("cuda", "triton")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rmm_kernels::{op}", "CUDA")
+
+
+def test_importing_does_not_import_triton() -> None:
+    done = fresh_python("import sys, rmm_kernels\nprint('triton' in sys.modules)")
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
+@pytest.mark.parametrize("op", triton_ops.FILES)
+def test_triton_kernels_refuse_cpu_tensors(op: str) -> None:
+    if not _library.has_kernel(op, "triton"):
+        pytest.skip("Triton is not here")
+    given = {
+        "gram": (torch.ones(4, 5, 6),),
+        "truncated_svd": (torch.ones(4, 5, 6), 2),
+        "project": (torch.ones(4, 5, 6), torch.ones(3, 5, 6)),
+        "compress": (torch.ones(4, 5, 6), 2),
+        "reconstruct": (torch.ones(3, 5, 6), torch.ones(4, 2, 5), IDS),
+        "lora_shrink": (ones(4, 7), *SHRINK, IDS),
+        "lora_expand_": (ones(4, 5), ones(4, 2), *EXPAND),
+        "lora_forward_": (ones(4, 5), ones(4, 7), *SHRINK, *EXPAND),
+        "lora_forward": (ones(4, 5), ones(4, 7), *SHRINK, *EXPAND),
+    }
+    with pytest.raises(RuntimeError, match="Triton kernels run on cuda tensors, got one on cpu"):
+        getattr(torch.ops.rmm_kernels, op).triton(*given[op])
+
+
 def test_the_compiled_part_has_every_op() -> None:
     """All of it or none: a build that lost an op must not pass for a whole one."""
     found = {op for op in SCHEMAS if _library.has_kernel(op, "cpu")}
@@ -181,7 +239,7 @@ MISUSES = [
 @pytest.mark.parametrize("op, given", MISUSES, ids=[f"{op}-{i}" for i, (op, _) in enumerate(MISUSES)])
 def test_overloads_refuse_what_they_cannot_read(op: str, given: tuple[object, ...]) -> None:
     """Called past the public function's checks, a kernel raises rather than read or write out of bounds."""
-    for run in ops.overloads(op):
+    for run in ops.overloads(op) + ops.triton_ways(op):
         if run.backend != "reference":
             with pytest.raises(RuntimeError):
                 run(*(value.to(run.device) if isinstance(value, torch.Tensor) else value for value in given))
@@ -248,8 +306,8 @@ def test_runs_without_the_compiled_part() -> None:
         "import rmm_kernels\n"
         "assert rmm_kernels.build_info() == {}\n"
         "for op, entry in rmm_kernels.backends().items():\n"
-        "    assert entry['cpu'] == entry['cuda'] == 'reference', op\n"
-        "    assert entry['available'] == ['reference'] and 'was not built' in entry['absent']['cpu'], op\n"
+        "    assert entry['cpu'] == 'reference' and entry['cuda'] in ('triton', 'reference'), op\n"
+        "    assert 'cpu' not in entry['available'] and 'was not built' in entry['absent']['cpu'], op\n"
         "x = torch.randn(4, 5, 6)\n"
         "basis, coeff, _ = rmm_kernels.compress(x, 3)\n"
         "torch.testing.assert_close(rmm_kernels.reconstruct(basis, coeff, torch.arange(4)), x)\n"

@@ -6,7 +6,7 @@ import lora_inputs
 import ops
 import pytest
 import torch
-from lora_inputs import FEW_SHAPES, ID_DTYPES, SHAPES, Problem, Shape, assert_bits_kept, magnitudes, poisoned, problem
+from lora_inputs import FEW_SHAPES, SHAPES, Problem, Shape, assert_bits_kept, magnitudes, poisoned, problem
 from ops import FLOATS, LAYOUTS, LOW, assert_same_bits, one_thread, randn  # noqa: F401
 from torch import Tensor
 
@@ -44,16 +44,13 @@ def check_run(run: ops.Overload, p: Problem, u: Tensor) -> None:
     check(before, u, p.y)
 
 
-@ops.each("lora_expand_", dtypes=FLOATS, isas=True)
-@ID_DTYPES
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@lora_inputs.each("lora_expand_", SHAPES, isas=True, ids=True)
 def test_accuracy(run: ops.Overload, dtype: torch.dtype, shape: Shape, id_dtype: torch.dtype) -> None:
     p = problem(shape, dtype, seed=11, id_dtype=id_dtype).to(run.device)
     check_run(run, p, rows_of_u(p, shape))
 
 
-@ops.each("lora_expand_", dtypes=FLOATS)
-@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
+@lora_inputs.each("lora_expand_", FEW_SHAPES)
 def test_slice_of_a_fused_projection(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     """y is some columns of a wider output; the columns beside it keep every bit, and so do rows of −1, NaN or not."""
     p = problem(shape, dtype, seed=12).to(run.device)
@@ -112,8 +109,7 @@ def test_expanded_inputs(run: ops.Overload, dtype: torch.dtype) -> None:
         check_run(run, p.change(scaling=p.scaling[:1].expand_as(p.scaling)), u)
 
 
-@ops.each("lora_expand_", dtypes=FLOATS)
-@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
+@lora_inputs.each("lora_expand_", FEW_SHAPES)
 def test_no_row_of_a_task(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     p = problem(shape, dtype, seed=16)
     p = p.change(task_ids=torch.full_like(p.task_ids, -1), y=poisoned(p.y)).to(run.device)
@@ -151,8 +147,7 @@ def test_empty(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     assert torch.equal(y, before)
 
 
-@ops.each("lora_expand_", dtypes=FLOATS)
-@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
+@lora_inputs.each("lora_expand_", FEW_SHAPES)
 def test_nan_stays_in_its_row(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     """NaN in a row of u, in a row of y and in the scaling of a task shows in the rows of that token and task only."""
     p = problem(shape, dtype, seed=19).to(run.device)
@@ -185,7 +180,7 @@ def test_id_out_of_range(run: ops.Overload, dtype: torch.dtype, bad: int, id_dty
     ids[63] = bad
     before = p.y.clone()
     given = p.change(task_ids=ids.to(id_dtype)).expand(u)
-    if run.device == "cpu":
+    if run.refuses_ids:
         with pytest.raises(RuntimeError, match=f"task_ids holds {bad}; allowed are -1 to 7"):
             run(*given)
         assert_bits_kept(before, p.y, "y")
@@ -207,6 +202,36 @@ def test_threads_and_runs(run: ops.Overload, dtype: torch.dtype) -> None:
             results.append(q.y)
         for result in results[1:]:
             assert_same_bits(result, results[0])
+
+
+@lora_inputs.on_cpu("lora_expand_")
+def test_triton_on_cpu(run: ops.Overload, dtype: torch.dtype) -> None:
+    """Any memory, ids out of range, tiles of one task, no tasks, empty shapes, u beyond fp16."""
+    shape = Shape(19, 7, 40, 17, 5, 2)
+    p = problem(shape, dtype, seed=24)
+    u = rows_of_u(p, shape)
+
+    def after(q: Problem, u: Tensor = u) -> Tensor:
+        y = q.y.clone(memory_format=torch.preserve_format)
+        run(*q.change(y=y).expand(u))
+        return y
+
+    expected = after(p)
+    check(p, u, expected)
+    for which, layout in [("y", "transposed"), ("basis_b", "transposed"), ("basis_b", "stepped"), ("coeff_b", "rotated")]:
+        assert_same_bits(after(p.change(**{which: LAYOUTS[layout](getattr(p, which))})), expected)
+    assert_same_bits(after(p.change(scaling=LAYOUTS["stepped"](p.scaling)), LAYOUTS["reversed"](u)), expected)
+    far = torch.where(p.active, p.task_ids, torch.tensor([5, 2**31, -(2**40)])[torch.arange(19) % 3])
+    assert_same_bits(after(p.change(task_ids=LAYOUTS["stepped"](far))), expected)
+    one = p.change(task_ids=torch.where(p.active, 3, -1), coeff_b=p.coeff_b[:1].expand_as(p.coeff_b))
+    check_run(run, one, u)
+    huge = p.change(scaling=p.scaling * 2.0**-40, y=torch.zeros_like(p.y))
+    assert_same_bits(after(huge, u * 2.0**40), after(p.change(y=torch.zeros_like(p.y))))
+    nobody = p.change(coeff_b=p.coeff_b[:0], scaling=p.scaling[:0])
+    assert_bits_kept(p.y, after(nobody), "y")
+    for empty in [Shape(5, 7, 0, 8, 3, 2), Shape(5, 7, 33, 0, 3, 2), Shape(0, 0, 0, 0, 1, 0)]:
+        q = problem(empty, dtype, seed=25).change(basis_b=torch.ones(empty.p + 1, empty.width_out, empty.r, dtype=dtype))
+        assert_same_bits(after(q, torch.ones(empty.tokens, empty.r)), q.y)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=ops.name)

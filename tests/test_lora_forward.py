@@ -6,14 +6,13 @@ import lora_inputs
 import ops
 import pytest
 import torch
-from lora_inputs import FEW_SHAPES, ID_DTYPES, SHAPES, Problem, Shape, assert_bits_kept, magnitudes, poisoned, problem
+from lora_inputs import FEW_SHAPES, SHAPES, Problem, Shape, assert_bits_kept, magnitudes, poisoned, problem
 from ops import FLOATS, LAYOUTS, LOW, assert_same_bits, one_thread  # noqa: F401
 from torch import Tensor
 
 import rmm_kernels
 
 NAMES = ("y", "x", "basis_a", "coeff_a", "basis_b", "coeff_b", "task_ids", "scaling")
-EACH_FEW_SHAPE = pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
 
 
 def with_nan_beside(p: Problem) -> Problem:
@@ -38,9 +37,7 @@ def check(p: Problem, y: Tensor) -> None:
         lora_inputs.assert_accumulated("y", y[p.active], exact, lora_inputs.forward(magnitudes(wide)), terms)
 
 
-@ops.each("lora_forward_", dtypes=FLOATS, isas=True)
-@ID_DTYPES
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@lora_inputs.each("lora_forward_", SHAPES, isas=True, ids=True)
 def test_accuracy(run: ops.Overload, dtype: torch.dtype, shape: Shape, id_dtype: torch.dtype) -> None:
     p = with_nan_beside(problem(shape, dtype, seed=31, id_dtype=id_dtype).to(run.device))
     before = p.to(run.device)
@@ -50,8 +47,7 @@ def test_accuracy(run: ops.Overload, dtype: torch.dtype, shape: Shape, id_dtype:
         assert_same_bits(getattr(p, name), getattr(before, name))
 
 
-@ops.each("lora_forward", dtypes=FLOATS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@lora_inputs.each("lora_forward", SHAPES, on_cpu=FEW_SHAPES)
 def test_functional(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     """The same bits as in place, in a new contiguous tensor; y keeps its own."""
     p = with_nan_beside(problem(shape, dtype, seed=32).to(run.device))
@@ -67,8 +63,7 @@ def test_functional(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None
     check(before, transposed)
 
 
-@ops.each("lora_forward_", dtypes=FLOATS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@lora_inputs.each("lora_forward_", SHAPES, on_cpu=FEW_SHAPES)
 def test_equals_shrink_and_expand(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     """One op does what the two do; u in between is not rounded to x's dtype, so only sums may differ, and one rounding."""
     p = problem(shape, dtype, seed=33).to(run.device)
@@ -86,8 +81,7 @@ def test_equals_shrink_and_expand(run: ops.Overload, dtype: torch.dtype, shape: 
     ops.assert_within("difference", (p.y.cpu().double() - both.y.cpu().double()).abs(), summing + rounding + 1e-300)
 
 
-@ops.each("lora_forward_", dtypes=FLOATS)
-@EACH_FEW_SHAPE
+@lora_inputs.each("lora_forward_", FEW_SHAPES)
 def test_slice_of_a_fused_projection(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     """y is some columns of a wider output; the columns beside it keep every bit, and so do rows of −1."""
     p = with_nan_beside(problem(shape, dtype, seed=34).to(run.device))
@@ -116,8 +110,7 @@ def test_memory_layouts(run: ops.Overload, dtype: torch.dtype, which: str) -> No
     failures.report()
 
 
-@ops.each("lora_forward_", dtypes=FLOATS)
-@EACH_FEW_SHAPE
+@lora_inputs.each("lora_forward_", FEW_SHAPES)
 def test_no_row_of_a_task(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     p = problem(shape, dtype, seed=36)
     p = with_nan_beside(p.change(task_ids=torch.full_like(p.task_ids, -1)).to(run.device))
@@ -160,8 +153,7 @@ def test_empty(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     assert torch.equal(y, before)
 
 
-@ops.each("lora_forward_", dtypes=FLOATS)
-@EACH_FEW_SHAPE
+@lora_inputs.each("lora_forward_", FEW_SHAPES)
 def test_nan_stays_in_its_row(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     """NaN in a token, or in what belongs to one task, shows in the rows of that token or task only."""
     p = problem(shape, dtype, seed=39).to(run.device)
@@ -184,14 +176,16 @@ def test_nan_stays_in_its_row(run: ops.Overload, dtype: torch.dtype, shape: Shap
 @ops.bad_ids(-2, 8)
 def test_id_out_of_range(op: str, bad: int, id_dtype: torch.dtype) -> None:
     """Refused before anything is written; on a GPU, where looking would need a host sync, such a row is like −1."""
-    for run in ops.overloads(op):
+    for run in ops.overloads(op) + ops.triton_ways(op)[:1]:
         for tokens, dtype in [(1, torch.float32), (64, torch.bfloat16), (257, torch.float16)]:
+            if dtype not in run.dtypes:
+                continue
             p = problem(Shape(tokens, 7, 33, 8, 8, 2), dtype, seed=40).to(run.device)
             ids = p.task_ids.clone()
             ids[-1] = bad
             before = p.y.clone()
             given = p.change(task_ids=ids.to(id_dtype)).forward
-            if run.device == "cpu":
+            if run.refuses_ids:
                 with pytest.raises(RuntimeError, match=f"task_ids holds {bad}; allowed are -1 to 7"):
                     run(*given)
                 assert_bits_kept(before, p.y, "y")
@@ -215,7 +209,7 @@ def test_threads_and_runs(run: ops.Overload, dtype: torch.dtype) -> None:
 
 
 @ops.each("lora_forward", dtypes=(torch.float64,))
-@EACH_FEW_SHAPE
+@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
 def test_gradcheck(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     small = Shape(min(shape.tokens, 7), 5, 6, min(shape.r, 3), min(shape.n, 4), shape.p)
     p = problem(small, dtype, seed=42).to(run.device)
@@ -223,8 +217,7 @@ def test_gradcheck(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     assert torch.autograd.gradcheck(lambda y, x: run(y, x, *constants), (y.requires_grad_(), x.requires_grad_()))
 
 
-@ops.each("lora_forward", dtypes=(torch.float32, *LOW))
-@EACH_FEW_SHAPE
+@lora_inputs.each("lora_forward", FEW_SHAPES, dtypes=(torch.float32, *LOW))
 def test_gradients(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     """Within the forward's own rule of the fp64 gradients; rows of −1 pass y's gradient on and give x none."""
     p = problem(shape, dtype, seed=43)

@@ -6,13 +6,11 @@ import lora_inputs
 import ops
 import pytest
 import torch
-from lora_inputs import FEW_SHAPES, ID_DTYPES, SHAPES, Problem, Shape, magnitudes, problem
+from lora_inputs import FEW_SHAPES, SHAPES, Problem, Shape, magnitudes, problem
 from ops import FLOATS, LAYOUTS, LOW, assert_same_bits, one_thread, randn  # noqa: F401
 from torch import Tensor
 
 import rmm_kernels
-
-EACH_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 def check(p: Problem, u: Tensor) -> None:
@@ -28,16 +26,13 @@ def check(p: Problem, u: Tensor) -> None:
         lora_inputs.assert_accumulated("u", u, exact, lora_inputs.shrink(*magnitudes(wide).shrink), terms)
 
 
-@ops.each("lora_shrink", dtypes=FLOATS, isas=True)
-@ID_DTYPES
-@EACH_SHAPE
+@lora_inputs.each("lora_shrink", SHAPES, isas=True, ids=True)
 def test_accuracy(run: ops.Overload, dtype: torch.dtype, shape: Shape, id_dtype: torch.dtype) -> None:
     p = problem(shape, dtype, seed=1, id_dtype=id_dtype)
     check(p, run(*p.to(run.device).shrink))
 
 
-@ops.each("lora_shrink", dtypes=FLOATS)
-@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
+@lora_inputs.each("lora_shrink", FEW_SHAPES)
 def test_no_row_of_a_task(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     p = problem(shape, dtype, seed=2)
     p = p.change(task_ids=torch.full_like(p.task_ids, -1), x=lora_inputs.poisoned(p.x)).to(run.device)
@@ -88,8 +83,7 @@ def test_expanded_inputs(run: ops.Overload, dtype: torch.dtype) -> None:
             check(changed, run(*changed.shrink))
 
 
-@ops.each("lora_shrink", dtypes=FLOATS)
-@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
+@lora_inputs.each("lora_shrink", FEW_SHAPES)
 def test_nan_stays_in_its_row(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:
     """NaN in a token, and in the coefficients of a task, shows in the rows of that token and task only."""
     p = problem(shape, dtype, seed=6).to(run.device)
@@ -116,7 +110,7 @@ def test_id_out_of_range(run: ops.Overload, dtype: torch.dtype, bad: int, id_dty
     ids = p.task_ids.clone()
     ids[40] = bad
     given = p.change(task_ids=ids.to(id_dtype)).shrink
-    if run.device == "cpu":
+    if run.refuses_ids:
         with pytest.raises(RuntimeError, match=f"task_ids holds {bad}; allowed are -1 to 7"):
             run(*given)
     else:
@@ -132,6 +126,24 @@ def test_threads_and_runs(run: ops.Overload, dtype: torch.dtype) -> None:
         for number in (2, 3) if run.backend != "reference" else ():
             with ops.threads(number):
                 assert_same_bits(run(*p.shrink), expected)
+
+
+@lora_inputs.on_cpu("lora_shrink")
+def test_triton_on_cpu(run: ops.Overload, dtype: torch.dtype) -> None:
+    """Any memory, ids out of range, tiles of one task, no tasks, empty shapes."""
+    p = problem(Shape(19, 33, 7, 17, 5, 2), dtype, seed=12)
+    expected = run(*p.shrink)
+    for which, layout in [("x", "transposed"), ("x", "stepped"), ("basis_a", "reversed"), ("coeff_a", "rotated")]:
+        assert_same_bits(run(*p.change(**{which: LAYOUTS[layout](getattr(p, which))}).shrink), expected)
+    far = torch.where(p.active, p.task_ids, torch.tensor([5, 2**31, -(2**40)])[torch.arange(19) % 3])
+    assert_same_bits(run(*p.change(task_ids=LAYOUTS["stepped"](far)).shrink), expected)
+    one = p.change(task_ids=torch.where(p.active, 3, -1), coeff_a=p.coeff_a[:1].expand_as(p.coeff_a))
+    check(one, run(*one.shrink))
+    assert not run(*p.change(coeff_a=p.coeff_a[:0]).shrink).any()
+    for shape in [Shape(5, 0, 7, 8, 3, 2), Shape(5, 33, 7, 0, 3, 2), Shape(0, 0, 0, 0, 1, 0)]:
+        empty = problem(shape, dtype, seed=13).change(basis_a=torch.ones(shape.p + 1, shape.r, shape.width_in, dtype=dtype))
+        u = run(*empty.shrink)
+        assert u.shape == (shape.tokens, shape.r) and not u.any()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=ops.name)

@@ -124,6 +124,31 @@ def test_threads_and_runs(run: ops.Overload, dtype: torch.dtype) -> None:
                 assert_same_bits(run(x, basis), expected)
 
 
+@ops.each_triton_way("project", dtypes=FLOATS)
+def test_triton_on_cpu(run: ops.Overload, dtype: torch.dtype) -> None:
+    """A partial block of positions and of tasks, ranks that are no power of two; any memory; offsets; NaN; empty shapes."""
+    for shape in [(1, 1, 1, 1), (8, 33, 16, 3), (20, 70, 17, 5)]:
+        x, basis = inputs(shape, dtype, seed=sum(shape))
+        check(x, basis, run(x, basis))
+    x, basis = inputs((8, 33, 16, 3), dtype, seed=2)
+    expected = run(x, basis)
+    for layout in ("transposed", "stepped"):
+        check(x, basis, run(LAYOUTS[layout](x), basis))
+        check(x, basis, run(x, LAYOUTS[layout](basis)))
+    assert_same_bits(run(x[:, 2:20], basis[:, 2:20]), expected[..., 2:20])
+    bad = x.clone()
+    bad[5, 18, 2] = torch.nan
+    got = run(bad, basis)
+    assert got[5, :, 18].isnan().all()
+    got[5, :, 18] = expected[5, :, 18]
+    assert_same_bits(got, expected)
+    shifted = (basis.double() + torch.tensor([1e3, 0, 0, 0])[:, None, None]).to(dtype)
+    check((x.double() + 1e3).to(dtype), shifted, run((x.double() + 1e3).to(dtype), shifted))
+    for n, count, r, p in [(0, 33, 16, 3), (8, 0, 16, 3), (8, 33, 0, 3), (8, 33, 16, 0)]:
+        got = run(torch.ones(n, count, r, dtype=dtype), torch.ones(p + 1, count, r, dtype=dtype))
+        assert got.shape == (n, p, count) and (r or not got.any())
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=ops.name)
 def test_public_function(dtype: torch.dtype) -> None:
     x, basis = inputs((8, 33, 16, 3), dtype, seed=7)

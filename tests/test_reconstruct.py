@@ -148,6 +148,40 @@ def test_threads_and_runs(run: ops.Overload, dtype: torch.dtype) -> None:
                 assert_same_bits(run(*given), expected)
 
 
+@ops.each_triton_way("reconstruct", dtypes=FLOATS)
+@IDS
+def test_triton_on_cpu(run: ops.Overload, dtype: torch.dtype, id_dtype: torch.dtype) -> None:
+    """Partial blocks of positions and of tasks; any memory; ids that are out of range; NaN; empty shapes."""
+    for shape in [(1, 1, 1, 1, 1), (8, 33, 16, 3, 5), (20, 70, 17, 5, 9), (8, 33, 16, 0, 3)]:
+        basis, coeff, ids = inputs(shape, dtype, seed=sum(shape))
+        check(basis, coeff, ids, run(basis, coeff, ids.to(id_dtype)))
+    basis, coeff, ids = inputs((8, 33, 16, 3, 5), dtype, seed=2)
+    ids = ids.to(id_dtype)
+    expected = run(basis, coeff, ids)
+    for layout in ("transposed", "stepped"):
+        for which in range(3):
+            given = [basis, coeff, ids]
+            given[which] = LAYOUTS[layout](given[which])
+            got = run(*given)
+            assert_same_bits(got, expected)
+            innermost_positions = given[0].stride(1) < given[0].stride(2)
+            assert got.mT.is_contiguous() if innermost_positions else got.is_contiguous()
+    unknown = ids.clone()
+    unknown[1], unknown[3] = 8, -1
+    got = run(basis, coeff, unknown)
+    assert got[[1, 3]].isnan().all()
+    assert_same_bits(got[[0, 2, 4]], expected[[0, 2, 4]])
+    bad = coeff.clone()
+    bad[ids[2], 1, 18] = torch.nan
+    got = run(basis, bad, ids)
+    assert got[ids == ids[2], 18].isnan().all()
+    got[ids == ids[2], 18] = expected[ids == ids[2], 18]
+    assert_same_bits(got, expected)
+    for n, count, r, p, a in [(8, 33, 16, 3, 0), (8, 0, 16, 3, 4), (8, 33, 0, 3, 4)]:
+        got = run(torch.ones(p + 1, count, r).to(dtype), torch.ones(n, p, count).to(dtype), torch.zeros(a, dtype=id_dtype))
+        assert got.shape == (a, count, r)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=ops.name)
 def test_public_function(dtype: torch.dtype) -> None:
     given = inputs((8, 33, 16, 3, 5), dtype, seed=9)
