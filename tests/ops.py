@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import simulator
 import torch
 from torch import Tensor
 
@@ -41,9 +42,17 @@ class Overload:
     backend: str
     device: str
     isa: str | None = None  # the CPU kernels' instruction set, where it is not the best one
+    simulated: bool = False  # a GPU backend's kernels, run on CPU tensors by ptxsim
+
+    @property
+    def gpu(self) -> bool:
+        """Whether the kernel is a GPU's: it does not look for ids out of range, which would need a host sync."""
+        return self.simulated or self.device == "cuda"
 
     @property
     def handle(self) -> Any:
+        if self.simulated:
+            simulator.load()
         return getattr(getattr(torch.ops.rmm_kernels, self.op), self.backend)
 
     @property
@@ -67,7 +76,7 @@ class Overload:
         return replace(self, op=op)
 
     def __str__(self) -> str:
-        return f"{self.backend}-{self.isa or self.device}"
+        return f"{self.backend}-{'ptxsim' if self.simulated else self.isa or self.device}"
 
 
 def devices() -> list[str]:
@@ -75,8 +84,9 @@ def devices() -> list[str]:
 
 
 def overloads(op: str) -> list[Overload]:
-    """Every overload of `op` that has a kernel in this process, on every device it serves here."""
-    return [
+    """Every overload of `op` that has a kernel in this process, on every device it serves here, or in the simulator."""
+    simulated = [Overload(op, "cuda", "cpu", simulated=True)] if op in simulator.ops() else []
+    return simulated + [
         Overload(op, backend, device)
         for backend in _library.BACKENDS
         if _library.has_kernel(op, backend)

@@ -1,0 +1,208 @@
+"""The CUDA ops on CPU tensors: their own host code, their kernels in ptxsim.
+
+`csrc/cuda` is compiled once more with RMM_SIMULATED (see launch.h) and registers `<op>.cuda` for the CPU; each launch comes
+here with the kernel's symbol, grid, block, shared memory, arguments and the tensors it may touch, and is run from the PTX
+that nvcc made of the same file for sm_80.
+
+    torch.ops.rmm_kernels.compress.cuda(x, 3)      # after load()
+    with simulator.settings(seed=1) as launches: ... # launches: the statistics of each
+
+The build takes about a minute and is kept in ptxsim's cache folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-gencode=arch=compute_80,code=compute_80",
+    "-DRMM_SIMULATED=1",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-diag-suppress=1394,1388",
+    "-Xcompiler=-fPIC",
+]
+
+
+def ops() -> frozenset[str]:
+    """The ops that csrc/cuda registers; empty where nvcc is missing."""
+    if shutil.which("nvcc") is None:
+        return frozenset()
+    registered = (re.findall(r'^RMM_CUDA_OP\("(\w+)"', path.read_text(), re.MULTILINE) for path in SOURCES.glob("*.cu"))
+    return frozenset(op for found in registered for op in found)
+
+
+def ptxsim() -> Any:
+    if "ptxsim" not in sys.modules:
+        folder = ROOT / "tests" / "ptxsim"
+        spec = importlib.util.spec_from_file_location(
+            "ptxsim", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["ptxsim"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["ptxsim"]
+
+
+@dataclass
+class Settings:
+    """How launches are run; `launches` collects their statistics."""
+
+    seed: int = 0
+    check: bool = True
+    statistics: bool = False
+    launches: list[dict[str, Any]] = field(default_factory=list)
+
+
+_settings = Settings()
+
+
+@contextmanager
+def settings(**changes: Any) -> Iterator[list[dict[str, Any]]]:
+    """Launches inside run with these settings; yields the list that their statistics go to."""
+    global _settings
+    before, _settings = _settings, Settings(**changes)
+    try:
+        yield _settings.launches
+    finally:
+        _settings = before
+
+
+class Simulated:
+    """One simulated build, loaded: from here on its ops are registered."""
+
+    def __init__(self, folder: Path) -> None:
+        self.kernels: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.ptx")):
+            module = ptxsim().Module(path.read_text())
+            self.kernels |= dict.fromkeys(module.kernels, module)
+        self.library = ctypes.CDLL(str(folder / "library.so"))
+        self.library.rmm_kernel_name.restype = ctypes.c_char_p
+        self.library.rmm_kernel_name.argtypes = [ctypes.c_void_p]
+        self.callback = _CALLBACK(self.launch)
+        self.library.rmm_simulate(self.callback)
+
+    def launch(self, kernel, shape, shared, arguments, sizes, count, regions, region_count, error, error_bytes) -> int:  # type: ignore[no-untyped-def]
+        try:
+            name = self.library.rmm_kernel_name(kernel).decode()
+            memory = [_Memory(regions[i].low, regions[i].bytes, regions[i].origin) for i in range(region_count)]
+            stats = self.kernels[name].launch(
+                name,
+                tuple(shape[0:3]),
+                tuple(shape[3:6]),
+                [ctypes.string_at(arguments[i], sizes[i]) for i in range(count)],
+                shared_bytes=shared,
+                seed=_settings.seed,
+                check=_settings.check,
+                statistics=_settings.statistics,
+                extra_memory=memory,
+                allow_early_exit=True,
+            )
+            if _settings.statistics:
+                _settings.launches.append(stats)
+        except BaseException as raised:
+            message = f"{type(raised).__name__}: {raised}".encode()[: error_bytes - 1]
+            ctypes.memmove(error, message + b"\0", len(message) + 1)
+            return 1
+        return 0
+
+    def device(self, capability: int, shared_bytes: int) -> None:
+        """What launch.h's device() says from now on; at first an A100's, 80 and 163 KiB."""
+        self.library.rmm_simulated_device(capability, shared_bytes)
+
+
+@cache
+def load() -> Simulated:
+    """The simulated build of csrc/cuda, made if it is not there."""
+    return Simulated(build(SOURCES))
+
+
+def build(sources: Path) -> Path:
+    """A folder with library.so and the PTX of every file of `sources`, a copy of csrc/cuda beside a csrc/common."""
+    headers = sorted(path for path in sources.parent.rglob("*.[hc]*") if path.parent != sources.parent / "cpu")
+    digest = hashlib.sha256(" ".join([*FLAGS, torch.__version__, _nvcc("--version")]).encode())
+    for path in headers:
+        digest.update(path.name.encode() + path.read_bytes())
+    target = Path(ptxsim()._cache_dir()) / f"rmm-{digest.hexdigest()[:16]}"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+            _compile(sources, Path(temporary) / "new")
+            os.replace(Path(temporary) / "new", target)
+    return target
+
+
+def _compile(sources: Path, folder: Path) -> None:
+    folder.mkdir()
+    include = ["-isystem", str(Path(torch.__file__).parent / "include")]
+
+    def compile_one(source: Path) -> str:
+        work = folder / source.stem
+        work.mkdir()
+        target = work / "object.o"
+        _nvcc(*FLAGS, *include, "--keep", f"--keep-dir={work}", "-c", str(source), "-o", str(target))
+        if source.suffix == ".cu":
+            shutil.move(work / f"{source.stem}.ptx", folder / f"{source.stem}.ptx")
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, [*sorted(sources.glob("*.cu")), sources / "simulated.cpp"]))
+    torch_libraries = str(Path(torch.__file__).parent / "lib")
+    _nvcc("-shared", *objects, "-o", str(folder / "library.so"), "-cudart=none", f"-L{torch_libraries}", "-ltorch_cpu")
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
+def _nvcc(*arguments: str) -> str:
+    done = subprocess.run(["nvcc", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return done.stdout
+
+
+class _Region(ctypes.Structure):
+    _fields_ = [("low", ctypes.c_uint64), ("bytes", ctypes.c_uint64), ("origin", ctypes.c_uint64)]
+
+
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_uint64,
+    ctypes.POINTER(ctypes.c_uint32),
+    ctypes.c_size_t,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.POINTER(ctypes.c_size_t),
+    ctypes.c_int,
+    ctypes.POINTER(_Region),
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+)
+
+
+class _Memory:
+    """Bytes from `low` on, of an allocation that starts at `origin`, in the form ptxsim takes memory in."""
+
+    def __init__(self, low: int, size: int, origin: int) -> None:
+        self.extent = (low, low, size, origin)
