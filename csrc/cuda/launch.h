@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstddef>
@@ -14,9 +15,6 @@
 #include <vector>
 
 #include "../common/tensor.h"
-
-// libtorch_cuda's, in every version; its header declares it only where torch itself was built with CUDA.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace rmm {
 
@@ -56,6 +54,18 @@ extern Callback callback;
 extern Device device;
 #else
 std::string explain(cudaError_t error);  // with the built and the present arch where those do not fit
+
+// libtorch_cuda's aoti_torch_get_current_cuda_stream, which every version has. Looked up, since this library is linked where
+// torch may have no CUDA, and torch loads its own libraries where the linker does not look.
+using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
+inline CurrentStream current_stream() {
+  static const CurrentStream found = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr ? nullptr : reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  STD_TORCH_CHECK(found != nullptr, "this torch has no aoti_torch_get_current_cuda_stream in a loaded libtorch_cuda.so");
+  return found;
+}
 #endif
 
 }  // namespace detail
@@ -123,7 +133,7 @@ class Queue {
     STD_TORCH_CHECK(done, error);
 #else
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    STABLE_TORCH_ERROR_CODE_CHECK(detail::current_stream()(index_, &stream));
     cudaError_t error = cudaSuccess;
     if (grid.shared_bytes > 48 * 1024) {
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes));
