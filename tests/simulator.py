@@ -14,22 +14,20 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import ptxsim
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,19 +49,6 @@ def ops() -> frozenset[str]:
         return frozenset()
     registered = (re.findall(r'^RMM_CUDA_OP\("(\w+)"', path.read_text(), re.MULTILINE) for path in SOURCES.glob("*.cu"))
     return frozenset(op for found in registered for op in found)
-
-
-def ptxsim() -> Any:
-    if "ptxsim" not in sys.modules:
-        folder = ROOT / "tests" / "ptxsim"
-        spec = importlib.util.spec_from_file_location(
-            "ptxsim", folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["ptxsim"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["ptxsim"]
 
 
 @dataclass
@@ -96,7 +81,7 @@ class Simulated:
     def __init__(self, folder: Path) -> None:
         self.kernels: dict[str, Any] = {}
         for path in sorted(folder.glob("*.ptx")):
-            module = ptxsim().Module(path.read_text())
+            module = ptxsim.Module(path.read_text())
             self.kernels |= dict.fromkeys(module.kernels, module)
         self.library = ctypes.CDLL(str(folder / "library.so"))
         self.library.rmm_kernel_name.restype = ctypes.c_char_p
@@ -140,41 +125,71 @@ def load() -> Simulated:
 
 
 def build(sources: Path) -> Path:
-    """A folder with library.so and the PTX of every file of `sources`, a copy of csrc/cuda beside a csrc/common."""
-    headers = sorted(path for path in sources.parent.rglob("*.[hc]*") if path.parent != sources.parent / "cpu")
-    digest = hashlib.sha256(" ".join([*FLAGS, torch.__version__, _nvcc("--version")]).encode())
-    for path in headers:
-        digest.update(path.name.encode() + path.read_bytes())
-    target = Path(ptxsim()._cache_dir()) / f"rmm-{digest.hexdigest()[:16]}"
+    """A folder with library.so and the PTX of every file of `sources`, a copy of csrc/cuda beside a csrc/common.
+
+    What nvcc makes of a file is kept for as long as neither it nor a header that it includes changes.
+    """
+    files = [*sorted(sources.glob("*.cu")), sources / "simulated.cpp"]
+    with ThreadPoolExecutor(2) as pool:
+        compiled = list(pool.map(_compiled, files))
+    target = _kept("rmm", *(folder.name for folder in compiled))
     if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-            _compile(sources, Path(temporary) / "new")
-            os.replace(Path(temporary) / "new", target)
+        with _fresh(target) as folder:
+            objects = [str(made / "object.o") for made in compiled]
+            torch_libraries = str(Path(torch.__file__).parent / "lib")
+            library = str(folder / "library.so")
+            _nvcc("-shared", *objects, "-o", library, "-cudart=none", f"-L{torch_libraries}", "-ltorch_cpu")
+            for made in compiled:
+                for path in made.glob("*.ptx"):
+                    shutil.copy(path, folder)
     return target
 
 
-def _compile(sources: Path, folder: Path) -> None:
-    folder.mkdir()
-    include = ["-isystem", str(Path(torch.__file__).parent / "include")]
-
-    def compile_one(source: Path) -> str:
-        work = folder / source.stem
-        work.mkdir()
-        target = work / "object.o"
-        _nvcc(*FLAGS, *include, "--keep", f"--keep-dir={work}", "-c", str(source), "-o", str(target))
-        if source.suffix == ".cu":
-            shutil.move(work / f"{source.stem}.ptx", folder / f"{source.stem}.ptx")
-        return str(target)
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [*sorted(sources.glob("*.cu")), sources / "simulated.cpp"]))
-    torch_libraries = str(Path(torch.__file__).parent / "lib")
-    _nvcc("-shared", *objects, "-o", str(folder / "library.so"), "-cudart=none", f"-L{torch_libraries}", "-ltorch_cpu")
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
+def _compiled(source: Path) -> Path:
+    """A folder with object.o and, of a .cu file, its PTX."""
+    target = _kept(source.stem, *(path.read_text() for path in (source, *included(source))))
+    if not target.exists():
+        with _fresh(target) as folder:
+            include = ["-isystem", str(Path(torch.__file__).parent / "include")]
+            _nvcc(*FLAGS, *include, "--keep", f"--keep-dir={folder}", "-c", str(source), "-o", str(folder / "object.o"))
+            for path in folder.iterdir():
+                if path.name not in ("object.o", f"{source.stem}.ptx"):
+                    path.unlink()
+    return target
 
 
+def included(source: Path) -> list[Path]:
+    """Every header that `source` includes with quotes, directly or not."""
+    found: dict[Path, None] = {}
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        for name in re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE):
+            header = (path.parent / name).resolve()
+            if header not in found:
+                found[header] = None
+                waiting.append(header)
+    return sorted(found)
+
+
+def _kept(name: str, *contents: str) -> Path:
+    """Where to keep what is made from `contents`."""
+    digest = hashlib.sha256(" ".join([*FLAGS, torch.__version__, _nvcc("--version"), *contents]).encode())
+    return Path(ptxsim._cache_dir()) / f"{name}-{digest.hexdigest()[:16]}"
+
+
+@contextmanager
+def _fresh(target: Path) -> Iterator[Path]:
+    """A folder that becomes `target` once all is in it."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        folder = Path(temporary) / "new"
+        folder.mkdir()
+        yield folder
+        with suppress(OSError):  # another process was first
+            os.replace(folder, target)
+
+
+@cache
 def _nvcc(*arguments: str) -> str:
     done = subprocess.run(["nvcc", *arguments], capture_output=True, text=True)
     if done.returncode:
