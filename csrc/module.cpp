@@ -62,7 +62,7 @@ std::string use_instruction_set(const std::string& wanted) {
 pybind11::dict build_info() {
   using namespace pybind11::literals;
   return pybind11::dict("compiler"_a = __VERSION__, "torch_target"_a = "2.10", "instruction_set"_a = name(current),
-                        "instruction_sets"_a = instruction_sets());
+                        "instruction_sets"_a = instruction_sets(), "cuda"_a = RMM_CUDA);
 }
 
 }  // namespace

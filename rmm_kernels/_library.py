@@ -60,7 +60,11 @@ def _load_compiled(name: str) -> ModuleType | None:
 _C: Any = _load_compiled("_C")
 if _C is None:
     _absent["cpu"] = "the compiled module rmm_kernels._C was not built; reinstall with a C++17 compiler"
-_absent["cuda"] = "not part of this release"
+_cuda_build = "not built" if _C is None else _C.build_info()["cuda"]  # "built with nvcc for …", "not built: why"
+if torch.version.cuda is None:
+    _absent["cuda"] = f"the CUDA part was {_cuda_build}; this torch has no CUDA"
+elif _load_compiled("_cuda") is None:
+    _absent["cuda"] = f"the CUDA part was {_cuda_build}"
 
 
 def register_kernel(name: str, backend: str, function: Callable[..., Any]) -> None:

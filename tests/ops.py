@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import simulator
 import torch
 from torch import Tensor
 
@@ -53,10 +54,17 @@ class Overload:
     backend: str
     device: str
     isa: str | None = None  # the CPU kernels' instruction set, where it is not the best one
-    way: str | None = None  # how Triton's kernels run on CPU tensors: a key of triton_runs.RUNNERS
+    way: str | None = None  # how a GPU backend's kernels run on CPU tensors: "ptxsim", Triton's also "interpreter"
+
+    @property
+    def gpu(self) -> bool:
+        """Whether the kernel is a GPU's: it does not look for ids out of range, which would need a host sync."""
+        return self.way is not None or self.device == "cuda"
 
     @property
     def handle(self) -> Any:
+        if self.backend == "cuda" and self.way:
+            simulator.load()
         return getattr(getattr(torch.ops.rmm_kernels, self.op), self.backend)
 
     @property
@@ -71,7 +79,7 @@ class Overload:
             return self.handle(*args)
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            with instruction_set(self.isa), triton_on_cpu(self.way):
+            with instruction_set(self.isa), triton_on_cpu(self.way if self.backend == "triton" else None):
                 return self.handle(*args)
         finally:
             torch.use_deterministic_algorithms(False)
@@ -94,8 +102,9 @@ def devices() -> list[str]:
 
 
 def overloads(op: str) -> list[Overload]:
-    """Every overload of `op` that has a kernel in this process, on every device it serves here."""
-    return [
+    """Every overload of `op` that has a kernel in this process, on every device it serves here, or in the simulator."""
+    simulated = [Overload(op, "cuda", "cpu", way="ptxsim")] if op in simulator.ops() else []
+    return simulated + [
         Overload(op, backend, device)
         for backend in _library.BACKENDS
         if _library.has_kernel(op, backend)

@@ -221,7 +221,7 @@ class Module:
                 data = _scalar_bytes(value, param)
             block_bytes[param["offset"] : param["offset"] + param["bytes"]] = data[: param["bytes"]]
         for i, extra in enumerate(extra_memory):
-            _, low, size, origin = _extent(extra)
+            _, low, size, origin = getattr(extra, "extent", None) or _extent(extra)
             regions.append((low, size, origin, f"extra memory {i}"))
         if check is True:
             checks = sum(CHECKS.values())
