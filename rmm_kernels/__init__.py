@@ -4,6 +4,7 @@ from ._library import backends, build_info
 from ._version import __version__
 from .adapters import Adapter, AdapterError, LoraFactors, load_adapter, load_adapters, save_adapter
 from .engine import Engine
+from .heads import TaskHeads
 from .merge import MergedAdapters, MergedModule, MergeError, merge
 from .modules import Attachment, MultiTaskLoRALinear, attach
 from .ops import (
@@ -29,6 +30,7 @@ __all__ = [
     "MergedAdapters",
     "MergedModule",
     "MultiTaskLoRALinear",
+    "TaskHeads",
     "TensorParallel",
     "__version__",
     "attach",

@@ -5,16 +5,16 @@ For example, three samples of two tasks and of the base model in one forward:
     with attach(model, merged) as attachment, attachment.tasks(["news", None, "tweets"]):
         output = model(**batch)
 
+or, as with PEFT, `model(**batch, adapter_names=["news", "__base__", "tweets"])`, in `model.generate` too.
 After the block the model is exactly what it was.
 """
 
 from __future__ import annotations
 
-import operator
+import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
@@ -24,17 +24,22 @@ from torch import Tensor, nn
 from . import reference
 from .merge import MergedAdapters, MergedModule
 from .ops import _checks, lora_forward, lora_forward_
-
-BASE = "__base__"
-"""The task name, as in PEFT, that stands for the base model alone."""
-
-Task = str | int | None
-"""One task: its name, its index in `MergedAdapters.tasks`, or None, −1 or "__base__" for the base model alone."""
+from .selection import BASE, Forward, Names, Rows, Task, check_ids, per_row, selection_of
 
 
-Rows = tuple[tuple[int, Tensor], ...]
-"""For each rank that a module's tasks have: the rank, and for every row of x the row of the module's coefficients [T], −1 where
-its task is not of that rank."""
+def features(layer: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a torch.nn.Linear or a transformers Conv1D; None for anything else."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    if _is_conv1d(layer):
+        weight: Any = layer.weight  # [in, out], the transpose of a Linear's
+        return weight.shape[1], weight.shape[0]
+    return None
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    known = sys.modules.get("transformers.pytorch_utils")  # where it was not imported, the layer is not one
+    return known is not None and isinstance(layer, known.Conv1D)
 
 
 class MultiTaskLoRALinear(nn.Module):
@@ -60,7 +65,7 @@ class MultiTaskLoRALinear(nn.Module):
 
     def __init__(
         self,
-        base_layer: nn.Linear,
+        base_layer: nn.Module,
         module: MergedModule,
         n_tasks: int,
         *,
@@ -70,7 +75,7 @@ class MultiTaskLoRALinear(nn.Module):
         """Wrap `base_layer`, which stays as it is.
 
         Args:
-            base_layer: becomes the attribute `base_layer`.
+            base_layer: an nn.Linear or a transformers Conv1D; becomes the attribute `base_layer`.
             module: one of `MergedAdapters.modules`.
             n_tasks: `len(MergedAdapters.tasks)`; `module` may lack some of them.
             dtype: of basis and coefficients, and so of x; by default that of base_layer's weight.
@@ -78,12 +83,13 @@ class MultiTaskLoRALinear(nn.Module):
 
         Raises:
             ValueError: base_layer is of another shape than `module`, or not on a real device; `module` has more than n_tasks.
-            TypeError: base_layer is not an nn.Linear, or `dtype` is not fp32, fp16, bf16 or fp64.
+            TypeError: base_layer is neither an nn.Linear nor a Conv1D, or `dtype` is not fp32, fp16, bf16 or fp64.
         """
         super().__init__()
-        _check_fit(base_layer, module, n_tasks)
-        dtype = _buffer_dtype(base_layer, dtype)
-        device = base_layer.weight.device
+        self.out_features, self.in_features = _check_fit(base_layer, module, n_tasks)
+        weight: Any = base_layer.weight
+        dtype = _buffer_dtype(weight, dtype)
+        device = weight.device
         self.base_layer = base_layer
         self.n_tasks = n_tasks
         self.attachment = attachment
@@ -145,19 +151,20 @@ class MultiTaskLoRALinear(nn.Module):
         """Whether the update may go into y itself: autograd has no use for the old y, and nobody else can hold it."""
         if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):
             return False
-        return type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks and y.is_contiguous()
+        known = type(self.base_layer) is nn.Linear or _is_conv1d(self.base_layer)
+        return known and not self.base_layer._forward_hooks and y.is_contiguous()
 
     def _rows(self, x: Tensor, task_ids: Tensor | None) -> Rows:
         """`rows_of` the ids for x, given or those of the attachment."""
         shape = x.shape[:-1]
         if task_ids is not None:
-            _check_ids(task_ids, "task_ids")
-            return self.rows_of(task_ids if task_ids.shape == (shape.numel(),) else _per_row(task_ids, shape))
+            check_ids(task_ids, "task_ids")
+            return self.rows_of(task_ids if task_ids.shape == (shape.numel(),) else per_row(task_ids, shape))
         if self.attachment is None:
             raise RuntimeError("forward(x) of a layer that belongs to no attachment; it needs forward(x, task_ids)")
         if torch.compiler.is_compiling():
             return self.rows_of(torch.ops.rmm_kernels.current_task_ids(self.attachment, shape, x.device))
-        return _selection(self.attachment).rows(self, shape, x.device)
+        return selection_of(self.attachment).rows(self, shape, x.device)
 
     def rows_of(self, task_ids: Tensor) -> Rows:
         """task_ids [T] as rows of this module's coefficients, rank by rank.
@@ -174,20 +181,12 @@ class MultiTaskLoRALinear(nn.Module):
         return tuple(zip(self.ranks, torch.where(known, rows, task_ids), strict=True))
 
     @property
-    def in_features(self) -> int:
-        return self.base_layer.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base_layer.out_features
-
-    @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Any:
         """base_layer's: some models look at the weights of their layers."""
         return self.base_layer.weight
 
     @property
-    def bias(self) -> Tensor | None:
+    def bias(self) -> Any:
         return self.base_layer.bias
 
     def extra_repr(self) -> str:
@@ -201,83 +200,12 @@ class MultiTaskLoRALinear(nn.Module):
         return self
 
 
-class _Selection:
-    """The ids that one `Attachment.tasks` block set, and what its layers make of them, made once for all that want the same."""
-
-    _LIMIT = 64  # results kept: a forward wants two or three, a long block of changing shapes ever more
-
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
-        self._kept: dict[Any, Rows] = {}
-
-    def rows(self, layer: MultiTaskLoRALinear, shape: torch.Size, device: torch.device) -> Rows:
-        """What `layer.rows_of` says of the ids, for x [*shape, in] on `device`; on a CPU without the ranks that have no row."""
-        key = (layer.row_key, shape, device)
-        rows = self._kept.get(key)
-        if rows is None:
-            with torch.inference_mode(False):  # another forward of this block may save them for its gradient
-                rows = layer.rows_of(_per_row(self.ids.to(device), shape))
-            if device.type == "cpu":  # elsewhere looking would be a sync
-                rows = tuple((rank, row_ids) for rank, row_ids in rows if bool((row_ids >= 0).any()))
-            if len(self._kept) >= self._LIMIT:
-                self._kept.clear()
-            self._kept[key] = rows
-        return rows
-
-
-# By attachment, because blocks of different models nest. A context variable, so that threads and asyncio tasks each have
-# their own. Under a key and not under the attachment itself, so that layers can be copied and pickled.
-_selections: ContextVar[Mapping[str, _Selection]] = ContextVar("rmm_kernels.tasks", default=MappingProxyType({}))
-
-
-def _selection(attachment: str) -> _Selection:
-    selection = _selections.get().get(attachment)
-    if selection is None:
-        raise RuntimeError(
-            "no tasks are set for this attached model; run it inside `with attachment.tasks(...)`, with tasks(None) for the "
-            "base model alone"
-        )
-    return selection
-
-
-@torch.library.custom_op(
-    "rmm_kernels::current_task_ids",
-    mutates_args=(),
-    schema="(str attachment, SymInt[] shape, Device device) -> Tensor",
-    tags=(torch.Tag.cudagraph_unsafe,),
-)
-def _current_task_ids(attachment: str, shape: list[int], device: torch.device) -> Tensor:
-    """The ids that `Attachment.tasks` set, one per row of x [*shape, in], looked up when a compiled graph runs.
-
-    An op, since the compiler can't look into a context variable, and must not take the ids of the first run for constants.
-    """
-    return _per_row(_selection(attachment).ids.to(device), torch.Size(shape)).clone()
-
-
-@_current_task_ids.register_fake
-def _(attachment: str, shape: list[int], device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=torch.int64, device=device).flatten()
-
-
-def _per_row(ids: Tensor, shape: torch.Size) -> Tensor:
-    """One id per row [T] of x [*shape, in], from one for all, one for each entry of x's first axes, or one per packed token."""
-    if ids.shape == shape[: ids.ndim]:
-        return ids.reshape(ids.shape + (1,) * (len(shape) - ids.ndim)).expand(shape).reshape(-1)
-    packed = len(shape) == 1 or (ids.ndim == 1 and shape[0] == 1)  # x is [T, in] or [1, T, in]
-    if packed and ids.numel() == shape.numel():
-        return ids.reshape(-1)
-    raise ValueError(
-        f"task ids of shape {list(ids.shape)} do not fit an input of shape {[*shape, 'in']}; allowed are one for all, one per "
-        f"sample {list(shape[:1])} or one per token {list(shape)}"
-    )
-
-
 class Attachment:
     """A model with merged adapters in it; made by `attach`. As a context manager it detaches at the end.
 
     Attributes:
-        model, merged: as given to `attach`. What `merged` carries for a task beside LoRA factors, its classification head
-            for one, is not applied: use it on the model's output.
+        model, merged: as given to `attach`. What `merged` carries for a task beside LoRA factors is not applied; for
+            classification heads there is `TaskHeads`.
         layers: the `MultiTaskLoRALinear` that are in the model, by module name.
     """
 
@@ -285,8 +213,9 @@ class Attachment:
         self.model = model
         self.merged = merged
         self.layers = layers
-        self._key = key
-        self._indices = {name: index for index, name in enumerate(merged.tasks)} | {BASE: -1}
+        self._names = Names(key, {name: index for index, name in enumerate(merged.tasks)} | {BASE: -1})
+        self._forward = model.__dict__.get("forward")  # hardly ever there; put back in the end
+        model.forward = Forward(model, self._names)
         self._attached = True
 
     @contextmanager
@@ -311,13 +240,8 @@ class Attachment:
         """
         if not self._attached:
             raise RuntimeError("tasks() of an attachment that is detached; attach again")
-        with torch.inference_mode(False):  # a forward with gradients may save them, though the block be entered without
-            selection = _Selection(self._ids(tasks))
-        token = _selections.set({**_selections.get(), self._key: selection})
-        try:
+        with self._names.block(tasks):
             yield
-        finally:
-            _selections.reset(token)
 
     def detach(self) -> None:
         """Put back the very nn.Linear objects that `attach` replaced. Does nothing the second time.
@@ -334,6 +258,10 @@ class Attachment:
                 )
         for name, layer in self.layers.items():
             _replace(self.model, name, layer.base_layer)
+        if isinstance(self.model.__dict__.get("forward"), Forward):
+            del self.model.forward
+            if self._forward is not None:
+                self.model.forward = self._forward
         self._attached = False
 
     def __enter__(self) -> Attachment:
@@ -342,38 +270,17 @@ class Attachment:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def _ids(self, tasks: Task | Iterable[Task] | Tensor) -> Tensor:
-        """`tasks` as indices, int64: [] for one task, [batch] for a sequence, a tensor in its own shape."""
-        if isinstance(tasks, Tensor):
-            _check_ids(tasks, "tasks")
-            if tasks.device.type == "cpu" and tasks.numel():
-                self._index(int(tasks.min()))
-                self._index(int(tasks.max()))
-            return tasks.to(torch.int64, copy=True)
-        if isinstance(tasks, Iterable) and not isinstance(tasks, str):
-            return torch.tensor([self._index(task) for task in tasks], dtype=torch.int64)
-        return torch.tensor(self._index(tasks))
-
-    def _index(self, task: Task) -> int:
-        if task is None:
-            return -1
-        if isinstance(task, str):
-            if task not in self._indices:
-                raise ValueError(f"unknown task {task!r}; allowed are {', '.join(self._indices)}")
-            return self._indices[task]
-        if isinstance(task, bool) or not hasattr(task, "__index__"):
-            raise TypeError(f"a task must be a name, an index or None (base model alone), got {type(task).__name__}")
-        index = operator.index(task)
-        if not -1 <= index < len(self.merged.tasks):
-            raise ValueError(f"task {index} is out of range; allowed are -1 (base model alone) to {len(self.merged.tasks) - 1}")
-        return index
-
 
 def attach(model: nn.Module, merged: MergedAdapters, *, dtype: torch.dtype | None = None) -> Attachment:
     """Put a `MultiTaskLoRALinear` around every linear layer that `merged` has adapters for.
 
-    For any model that calls its nn.Linear modules, as transformers' do. Modules are found by the names in `merged.modules`,
-    which are those of the model that the adapters were trained on; whether the weights are that model's can't be seen.
+    For any model that calls its nn.Linear and Conv1D modules, as transformers' do. Modules are found by the names in
+    `merged.modules`, which are those of the model that the adapters were trained on; whether the weights are that model's
+    can't be seen.
+
+    The model's own forward then also takes `adapter_names`, one name for each sample as PEFT's mixed batch does, or `task_ids`,
+    what `Attachment.tasks` takes: a forward with one of them is a forward inside that block. Both pass through
+    `model.generate`, which with several beams or sequences for each prompt repeats tensors alone: give it task_ids then.
 
     Args:
         model: changed in place, until the attachment is detached.
@@ -384,7 +291,7 @@ def attach(model: nn.Module, merged: MergedAdapters, *, dtype: torch.dtype | Non
     Raises:
         ValueError: the model lacks a module of `merged` or has it in another shape; the model is attached already; a task has
             more than its factors do, such as DoRA (`TaskParts.beyond_factors`).
-        TypeError: a module is not an nn.Linear, or a dtype not fp32, fp16, bf16 or fp64.
+        TypeError: a module is neither an nn.Linear nor a Conv1D, or a dtype not fp32, fp16, bf16 or fp64.
         Each names the module or the task, and the model is unchanged.
     """
     if not isinstance(model, nn.Module):
@@ -426,30 +333,30 @@ def _submodule(model: nn.Module, name: str) -> Any:
         raise ValueError(f"module {name}: not in {type(model).__name__}{hint}") from None
 
 
-def _check_fit(base_layer: nn.Module, module: MergedModule, n_tasks: int) -> None:
-    if not isinstance(base_layer, nn.Linear):
+def _check_fit(base_layer: nn.Module, module: MergedModule, n_tasks: int) -> tuple[int, int]:
+    """(out, in) of base_layer, if `module` is for it."""
+    came = features(base_layer)
+    if came is None:
         kind = type(base_layer)
-        raise TypeError(f"base_layer is a {kind.__module__}.{kind.__qualname__}; it must be a torch.nn.Linear")
-    came = (base_layer.out_features, base_layer.in_features)
+        raise TypeError(
+            f"base_layer is a {kind.__module__}.{kind.__qualname__}; it must be a torch.nn.Linear or a transformers Conv1D"
+        )
     if came != module.shape:
         raise ValueError(f"base_layer has (out, in) = {came}; the adapters are for {module.shape}")
-    if base_layer.weight.is_meta:
+    weight: Any = base_layer.weight
+    if weight.is_meta:
         raise ValueError("base_layer is on the meta device, not loaded or offloaded; load it to the device it computes on")
     if n_tasks <= max(module.tasks):
         raise ValueError(f"n_tasks is {n_tasks}, but the module is adapted for task {max(module.tasks)}; it must be more")
+    return came
 
 
-def _buffer_dtype(base_layer: nn.Linear, dtype: torch.dtype | None) -> torch.dtype:
-    asked = base_layer.weight.dtype if dtype is None else dtype
+def _buffer_dtype(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    asked = weight.dtype if dtype is None else dtype
     if asked not in _checks.FLOATS:
         what = "base_layer's weight, where no dtype is given," if dtype is None else "dtype"
         raise TypeError(f"{what} must be one of {_checks._names(_checks.FLOATS)}, got {_checks._names((asked,))}")
     return asked
-
-
-def _check_ids(ids: Tensor, name: str) -> None:
-    if ids.dtype not in _checks.IDS:
-        raise TypeError(f"{name} must be one of {_checks._names(_checks.IDS)}, got {_checks._names((ids.dtype,))}")
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -618,7 +618,7 @@ def test_compiled_model_reads_the_tasks_when_it_runs(attachment: Attachment, bac
 
 def test_op_that_reads_the_tasks_passes_opcheck(attachment: Attachment) -> None:
     with attachment.tasks([0, 1, -1]):
-        arguments = (attachment._key, [3, 4], torch.device("cpu"))
+        arguments = (attachment._names.key, [3, 4], torch.device("cpu"))
         torch.library.opcheck(torch.ops.rmm_kernels.current_task_ids.default, arguments)
         expected = torch.tensor([0, 1, -1]).repeat_interleave(4)
         assert torch.equal(torch.ops.rmm_kernels.current_task_ids(*arguments), expected)
@@ -695,7 +695,11 @@ def drop(model: nn.Module) -> None:
     "change, error, message",
     [
         (drop, ValueError, r"module encoder\.layer\.1\.\S+: not in BertModel$"),
-        (swap(FEED_FORWARD, nn.Identity), TypeError, f"module {FEED_FORWARD}: .*Identity; it must be a torch.nn.Linear"),
+        (
+            swap(FEED_FORWARD, nn.Identity),
+            TypeError,
+            f"module {FEED_FORWARD}: .*Identity; it must be a torch.nn.Linear or a transformers Conv1D",
+        ),
         (
             swap(FEED_FORWARD, lambda: nn.Linear(24, 48)),
             ValueError,
@@ -741,7 +745,9 @@ def test_a_model_can_be_attached_once(model: nn.Module, mixed: MergedAdapters, e
 
 def test_peft_layers_are_refused(model: nn.Module, adapters: list[Path], exact: MergedAdapters) -> None:
     wrapped = with_peft(model, adapters)
-    with pytest.raises(TypeError, match=r"base_layer is a peft\.\S+\.Linear; it must be a torch\.nn\.Linear"):
+    with pytest.raises(
+        TypeError, match=r"base_layer is a peft\.\S+\.Linear; it must be a torch\.nn\.Linear or a transformers Conv1D"
+    ):
         attach(wrapped.base_model.model, exact)
 
 
