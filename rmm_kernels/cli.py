@@ -99,6 +99,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(command)
     command.set_defaults(run=_verify)
 
+    command = commands.add_parser("extract", help="make a LoRA adapter from a base model and its full fine-tune (PT-SVD)")
+    command.add_argument(
+        "base", metavar="BASE", help="a .safetensors file, or a directory with model.safetensors or its shards"
+    )
+    command.add_argument("finetuned", metavar="FINETUNED", help="likewise, with the same tensors")
+    command.add_argument("-o", "--output", required=True, metavar="DIR", help="where to write; must not exist, or be empty")
+    size = command.add_mutually_exclusive_group(required=True)
+    size.add_argument("-r", "--rank", type=int, metavar="R", help="of every layer")
+    size.add_argument("--energy", type=float, metavar="E", help="each layer's rank captures this share of its ‖ΔW‖²")
+    size.add_argument("--max-bytes", type=int, metavar="N", help="of all factors; ranks go where they lower the error most")
+    command.add_argument("--include", metavar="REGEX", help="only modules whose path matches; default: all but embeddings")
+    command.add_argument("--dtype", choices=DTYPES, help="of the factors; default: the checkpoints' own")
+    command.add_argument("--base-model", metavar="NAME", help="what adapter_config.json calls the base model; default: BASE")
+    _add_json(command)
+    command.set_defaults(run=_extract)
+
     command = commands.add_parser("backends", help="show which implementation serves each op")
     _add_json(command)
     command.set_defaults(run=_backends)
@@ -164,6 +180,38 @@ def _verify(options: argparse.Namespace) -> int:
             print(difference)
         print(f"{len(found.differences)} differences" if found.differences else "as the manifest says")
     return 1 if found.differences else 0
+
+
+def _extract(options: argparse.Namespace) -> int:
+    from .methods import extract
+
+    check_target(options.output)
+    found = extract(
+        options.base,
+        options.finetuned,
+        rank=options.rank,
+        energy=options.energy,
+        max_bytes=options.max_bytes,
+        include=options.include,
+        dtype=DTYPES.get(options.dtype),
+        base_model=options.base_model,
+    )
+    found.save(options.output)
+    report = found.report()
+    if options.json:
+        _print_json(report)
+        return 0
+    table = _table("module", "out × in", "rank", "bytes", "error")
+    for name, entry in report["by_module"].items():
+        out, wide = entry["shape"]
+        table.add_row(name, f"{out} × {wide}", str(entry["rank"]), f"{entry['bytes']:,}", _error(entry["error"]))
+    table.add_section()
+    table.add_row("total", "", "", f"{found.bytes:,}", _error(report["error"]))
+    _print(table)
+    print("error: relative Frobenius error of ΔW")
+    if found.lost:
+        print(f"changed, but not in the adapter: {', '.join(found.lost)}")
+    return 0
 
 
 def _backends(options: argparse.Namespace) -> int:
