@@ -123,18 +123,42 @@ def has_kernel(name: str, backend: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}.{backend}", BACKENDS[backend])
 
 
+def has_gpu_kernels() -> bool:
+    """Whether anything but the reference serves CUDA tensors."""
+    return any(has_kernel(name, backend) for name in SCHEMAS for backend in ("cuda", "triton"))
+
+
+def runs_on(name: str, value: torch.Tensor) -> str:
+    """The backend that the default overload of op `name` runs for tensors on the device of `value`."""
+    order = PREFERENCE.get(value.device.type, ("reference",))
+    return next(backend for backend in order if has_kernel(name, backend))
+
+
+# What a backend's kernels leave to torch, openly, by op.
+LEFT_TO_TORCH = {
+    "gram": {"cpu": "fewer than 16 matrices, or more than 64 columns", "triton": "as on the CPU"},
+    "truncated_svd": {
+        "cpu": "fewer than 16 matrices, or min(m, k) > 64",
+        "triton": "as on the CPU, and m · k > 16384 with both rounded up to powers of two",
+    },
+    "compress": {"triton": "min(r, n − 1) > 64, or a tile of more than 16384 values"},
+}
+
+
 def backends() -> dict[str, dict[str, Any]]:
     """Which backend serves each op, and why the others do not.
 
-    Returns `{op: {"cpu": winner, "cuda": winner, "available": [...], "absent": {backend: reason}}}`, where a winner is the
-    backend the default overload runs for tensors on that device.
+    Returns `{op: {"cpu": winner, "cuda": winner, "available": [...], "absent": {backend: reason}, "left_to_torch": {backend:
+    what}}}`, where a winner is the backend the default overload runs for tensors on that device, and what it leaves to torch
+    are the sizes for which the public function takes the reference instead.
     """
     report: dict[str, dict[str, Any]] = {}
     for name in SCHEMAS:
         available = [backend for backend in BACKENDS if has_kernel(name, backend)]
         winners = {device: next(b for b in order if b in available) for device, order in PREFERENCE.items()}
         absent = {b: _absent.get(b, "has no kernel for this op") for b in BACKENDS if b not in available}
-        report[name] = {**winners, "available": available, "absent": absent}
+        left = {b: what for b, what in LEFT_TO_TORCH.get(name, {}).items() if b in available}
+        report[name] = {**winners, "available": available, "absent": absent, "left_to_torch": left}
     return report
 
 

@@ -11,6 +11,8 @@ from ops import FLOATS, LAYOUTS, LOW, assert_same_bits, assert_within, one_threa
 from torch import Tensor
 
 import rmm_kernels
+from rmm_kernels import _library
+from rmm_kernels.triton_ops import _limits
 
 # (r, n, p): every K = min(r, n − 1) that a kernel may treat in its own way, r < n − 1 and r > n − 1, p below, at and above K.
 SHAPES = [
@@ -366,6 +368,87 @@ def test_overlapping_input(run: ops.Overload) -> None:
     assert_same_bits(run(x, 3), run(x.contiguous(), 3))
     x = randn(1, 19, 16, seed=7, device=run.device).expand(8, 19, 16)
     assert_same_bits(run(x, 3), run(x.contiguous(), 3))
+
+
+# For Triton's kernels on CPU tensors: tall and wide, K from 0 to 16, p at and beyond K. The simulator takes the last two.
+TRITON_SHAPES = [(2, 1, 2), (4, 2, 2), (8, 4, 3), (16, 20, 4), (4, 8, 3), (16, 8, 3)]
+
+
+def triton_shapes(run: ops.Overload) -> list[tuple[int, int, int]]:
+    return TRITON_SHAPES[-2:] if run.way == "ptxsim" else TRITON_SHAPES
+
+
+@ops.each_triton_way("compress")
+@pytest.mark.parametrize("name", hard_inputs.names(torch.float32))
+def test_triton_contract(run: ops.Overload, name: str) -> None:
+    check_shapes_of_case(run, name, torch.float32, triton_shapes(run))
+
+
+@ops.each_triton_way("compress", dtypes=LOW)
+@pytest.mark.parametrize("name", ["randn", "zero", "one_task", "dominant", "rank_p-1", "offset_1e3"])
+def test_triton_low_precision(run: ops.Overload, dtype: torch.dtype, name: str) -> None:
+    check_shapes_of_case(run, name, dtype, [(16, 8, 3)])
+
+
+@ops.each_triton_way("compress")
+def test_triton_larger_matrices(run: ops.Overload) -> None:
+    """K = 8 to 33, more components than K, groups of fewer positions."""
+    shapes = (
+        [(64, 34, 6), (16, 20, 4)] if run.way == "ptxsim" else [(64, 34, 6), (32, 20, 25), (16, 64, 4), (8, 20, 4), (128, 8, 3)]
+    )
+    check_shapes_of_case(run, "randn", torch.float32, shapes)
+
+
+@ops.each_triton_way("compress")
+@pytest.mark.parametrize("shape", [(4, 8, 3), (16, 8, 3)], ids=shape_id)
+def test_triton_batch(run: ops.Overload, shape: tuple[int, int, int]) -> None:
+    """Bad matrices, place in the batch, memory layouts, one vector for all tasks, an empty batch.
+
+    Sums over ranks are grouped as lanes lie, which depends on what is innermost: other memory may give other last bits.
+    """
+    r, n, p = shape
+    good = mixed_batch(19, r, n, p, torch.float32)
+    expected = run(good, p)
+    bad = [0, 9, 18]
+    x = good.clone()
+    for position, value in zip(bad, (torch.nan, torch.inf, -torch.inf), strict=True):
+        x[position % n, position, position % r] = value
+    others = [s for s in range(19) if s not in bad]
+    for got, want, axis in zip(run(x, p), expected, (1, 2, 0), strict=True):
+        assert got.movedim(axis, 0)[bad].isnan().all()
+        assert_same_bits(got.movedim(axis, 0)[others], want.movedim(axis, 0)[others])
+
+    basis, coeff, energy = expected
+    order = torch.randperm(19, generator=torch.Generator().manual_seed(5))
+    assert_same_bits(run(good[:, order], p), (basis[:, order], coeff[..., order], energy[order]))
+    for part in (slice(0, 1), slice(7, 19)):
+        assert_same_bits(run(good[:, part], p), (basis[:, part], coeff[..., part], energy[part]))
+    turned = LAYOUTS["transposed"](good)
+    ours, theirs = run(turned[:, 7:], p), run(turned, p)
+    assert_same_bits(ours, (theirs[0][:, 7:], theirs[1][..., 7:], theirs[2][7:]))
+
+    x, truth = hard_inputs.case("randn", torch.float32, 9, r, n, p)
+    for layout in ("transposed", "stepped", "offset"):
+        view = LAYOUTS[layout](x)
+        result = run(view, p)
+        check_contract(view, truth, p, result)
+        innermost_positions = view.stride(1) < view.stride(2)
+        assert result[0].mT.is_contiguous() if innermost_positions else result[0].is_contiguous()
+
+    vector = randn(9, r, seed=r)
+    basis, coeff, energy = run(vector.expand(n, 9, r).contiguous(), p)
+    assert_same_bits(basis[0], vector)
+    assert torch.equal(basis[1:], torch.eye(r)[:p, None].expand(p, 9, r))
+    assert not coeff.any() and not energy.any()
+    check_shapes(good[:, :0], p, run(good[:, :0], p))
+
+
+@pytest.mark.skipif(not _library.has_kernel("compress", "triton"), reason="Triton is not here")
+def test_triton_refuses_what_is_too_large() -> None:
+    for n, r in [(66, 65), (200, 64), (300, 64)]:
+        assert not _limits.compress_fits(n, r, 3) or (n, r) == (200, 64)
+    with pytest.raises(RuntimeError, match=r"min\(r, n - 1\) of at most 64"):
+        torch.ops.rmm_kernels.compress.triton(torch.ones(66, 3, 65), 3)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=ops.name)

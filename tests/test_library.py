@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ops
 import pytest
@@ -14,6 +15,7 @@ from lora_inputs import Shape, problem
 
 import rmm_kernels
 from rmm_kernels import _library, triton_ops
+from rmm_kernels.ops import _checks
 
 FACTORS = "Tensor basis_a, Tensor coeff_a, Tensor basis_b, Tensor coeff_b, Tensor task_ids, Tensor scaling"
 
@@ -81,7 +83,8 @@ def test_backends_report(op: str) -> None:
     report = rmm_kernels.backends()
     assert set(report) == set(SCHEMAS)
     entry = report[op]
-    assert set(entry) == {"cpu", "cuda", "available", "absent"}
+    assert set(entry) == {"cpu", "cuda", "available", "absent", "left_to_torch"}
+    assert set(entry["left_to_torch"]) <= set(entry["available"]) and all(entry["left_to_torch"].values())
     assert entry["available"] == [backend for backend in _library.BACKENDS if _library.has_kernel(op, backend)]
     assert not set(entry["available"]) & set(entry["absent"])
     assert {"cpu", "cuda", "triton", "reference"} == {*entry["available"], *entry["absent"]}
@@ -155,6 +158,27 @@ def test_triton_kernels_refuse_cpu_tensors(op: str) -> None:
     }
     with pytest.raises(RuntimeError, match="Triton kernels run on cuda tensors, got one on cpu"):
         getattr(torch.ops.rmm_kernels, op).triton(*given[op])
+
+
+def test_float64_on_a_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What claims to be a tensor on a GPU is enough to see what is said, before any launch."""
+    if not _library.has_gpu_kernels():
+        pytest.skip("no GPU kernels here")
+    claim = SimpleNamespace(dtype=torch.float64, device=torch.device("cuda:0"))
+    with pytest.raises(TypeError, match="x is float64 on cuda:0; GPU kernels take float32, float16 and bfloat16"):
+        _checks.gpu_dtype("x", claim)
+    for other in (torch.float32, torch.float16, torch.bfloat16):
+        _checks.gpu_dtype("x", SimpleNamespace(dtype=other, device=claim.device))
+    _checks.gpu_dtype("x", torch.ones(1, dtype=torch.float64))
+
+    asked: list[str] = []
+    monkeypatch.setattr(_checks, "gpu_dtype", lambda name, value: asked.append(name))
+    rmm_kernels.gram(ones(4, 5, 6))
+    rmm_kernels.truncated_svd(ones(4, 5, 6), 2)
+    rmm_kernels.project(ones(4, 5, 6), ones(3, 5, 6))
+    rmm_kernels.compress(ones(4, 5, 6), 2)
+    rmm_kernels.reconstruct(ones(3, 5, 6), ones(4, 2, 5), IDS)
+    assert asked == ["x", "x", "x", "x", "basis"]
 
 
 def test_the_compiled_part_has_every_op() -> None:
@@ -250,9 +274,10 @@ def test_overloads_refuse_what_they_cannot_read(op: str, given: tuple[object, ..
 def test_autocast_changes_nothing(dtype: torch.dtype, device: str) -> None:
     """The ops keep to the dtypes they are given, in every overload."""
     p = problem(Shape(20, 33, 40, 16, 8, 3), dtype, seed=1).to(device)
-    x = ops.randn(8, 20, 16, seed=2, dtype=dtype, device=device)
+    x = ops.randn(8, 20, 16, seed=2, dtype=dtype)
+    basis, coeff, _ = (value.to(device) for value in rmm_kernels.compress(x, 3))
+    x = x.to(device)
     u = torch.where(p.active[:, None], ops.randn(20, 16, seed=3, dtype=dtype, device=device), 0)
-    basis, coeff, _ = rmm_kernels.compress(x, 3)
     given = {
         "gram": (x.mT, True),
         "truncated_svd": (x.mT, 3),

@@ -215,6 +215,41 @@ def test_threads_and_runs(run: ops.Overload, dtype: torch.dtype) -> None:
                 assert_same_bits(run(x, rank), expected)
 
 
+@ops.each_triton_way("truncated_svd")
+@pytest.mark.parametrize("case", hard_inputs.names(torch.float32))
+def test_triton_hard_inputs(run: ops.Overload, case: str) -> None:
+    failures = ops.Failures()
+    for batch, m, k, rank in [(3, 16, 8, 3), (3, 8, 16, 8)] + ([(2, 33, 20, 20)] if run.way == "interpreter" else []):
+        x = hard_inputs.generate(case, batch, m, k, rank).float()
+        with failures.case(shape_id((batch, m, k, rank))):
+            check(x, rank, run(x, rank))
+    failures.report()
+
+
+@ops.each_triton_way("truncated_svd", dtypes=LOW)
+def test_triton_on_cpu(run: ops.Overload, dtype: torch.dtype) -> None:
+    """Low precision, any memory, bad matrices, place in the batch, empty shapes."""
+    good = randn(11, 16, 8, seed=3, dtype=dtype)
+    good[::3, :, 5] = good[::3, :, 2]
+    good[1::4] = 0
+    expected = run(good, 3)
+    check(good, 3, expected)
+    for layout in ("transposed", "stepped"):
+        check(good, 3, run(LAYOUTS[layout](good), 3))
+    x = good.clone()
+    bad = [0, 5, 10]
+    for matrix in bad:
+        x[matrix, matrix, matrix % 8] = torch.inf
+    others = [b for b in range(11) if b not in bad]
+    for got, want in zip(run(x, 3), expected, strict=True):
+        assert got[bad].isnan().all()
+        assert_same_bits(got[others], want[others])
+    assert_same_bits(run(good[3:], 3), [part[3:] for part in expected])
+    for batch, m, k, rank in [(0, 16, 8, 3), (3, 0, 8, 0), (3, 16, 8, 0)]:
+        u, s, vh = run(torch.ones(batch, m, k, dtype=dtype), rank)
+        assert (u.shape, s.shape, vh.shape) == ((batch, m, rank), (batch, rank), (batch, rank, k))
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=ops.name)
 @pytest.mark.parametrize("shape", [(15, 16, 8), (16, 16, 8), (16, 64, 100), (16, 65, 65)], ids=str)
 def test_public_function(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _library
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 IDS = (torch.int32, torch.int64)
 
@@ -44,6 +46,15 @@ def within(name: str, value: int, low: int, high: int, meaning: str) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}; allowed are {low} to {high} ({meaning})")
+
+
+def gpu_dtype(name: str, value: Tensor) -> None:
+    """`value`, on a GPU, is not float64: no GPU kernel takes it."""
+    if value.dtype == torch.float64 and value.device.type == "cuda" and _library.has_gpu_kernels():
+        raise TypeError(
+            f"{name} is float64 on {value.device}; GPU kernels take float32, float16 and bfloat16 "
+            "(float64 is for CPU tensors, and for the overloads called reference)"
+        )
 
 
 def accumulated(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

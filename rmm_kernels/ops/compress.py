@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _library, reference
+from ..triton_ops import _limits
 from . import _checks
 
 
@@ -20,6 +21,9 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     1e-14 in fp64), with coefficients 0 there. A position whose vectors are all equal gets U = I[:, :p]. A position that holds
     NaN or Inf gives NaN and leaves the others bit for bit alone. In each component the entry of largest magnitude is
     positive, the lowest index on ties. Results depend neither on the place in the batch nor on the number of threads.
+
+    On a GPU, Triton's kernel takes min(r, n − 1) up to 64, and sizes whose product (r or p by r, each rounded up to a power
+    of two) is up to 16384; what is larger goes to torch.linalg.svd.
 
     Args:
         x: [n, S, r], fp32, fp16, bf16 or fp64, any strides; n ≥ 1. Sums are kept in fp32 (fp64 for fp64).
@@ -38,6 +42,9 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     if x.shape[0] == 0:
         raise ValueError("x holds no task; n must be at least 1")
     _checks.within("components", components, 0, x.shape[2], "up to r")
+    _checks.gpu_dtype("x", x)
+    if _library.runs_on("compress", x) == "triton" and not _limits.compress_fits(x.shape[0], x.shape[2], components):
+        return torch.ops.rmm_kernels.compress.reference(x, components)
     return torch.ops.rmm_kernels.compress(x, components)
 
 

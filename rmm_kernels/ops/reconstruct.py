@@ -22,7 +22,8 @@ def reconstruct(basis: Tensor, coeff: Tensor, task_ids: Tensor) -> Tensor:
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit together.
-        RuntimeError: an id is out of range (CPU; on a GPU it is not looked for, which would need a host sync).
+        RuntimeError: an id is out of range (CPU; on a GPU, where looking for it would need a host sync, that task comes out as
+            NaN).
     """
     _checks.tensor("basis", basis, "p+1 S r")
     _checks.tensor("coeff", coeff, "n p S")
@@ -35,6 +36,7 @@ def reconstruct(basis: Tensor, coeff: Tensor, task_ids: Tensor) -> Tensor:
     _checks.size("coeff", coeff, 2, basis.shape[1], "basis")
     _checks.tensor("task_ids", task_ids, "a", _checks.IDS)
     _checks.same("task_ids", task_ids, "basis", basis, dtype=False)
+    _checks.gpu_dtype("basis", basis)
     return torch.ops.rmm_kernels.reconstruct(basis, coeff, task_ids)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _library, reference
+from ..triton_ops import _limits
 from . import _checks, _large_svd
 
 # Where a kernel that gives every matrix one lane beats one LAPACK call per matrix: measured at 16 × 64 × 64 (even) and below.
@@ -17,10 +18,10 @@ def truncated_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading `rank` singular triplets of every matrix, as `torch.linalg.svd` orders them.
 
     Batches of at least 16 matrices up to 64 on their shorter side go to this package's kernel, one-sided Jacobi with a matrix
-    in every SIMD lane. Beyond 128, in fp32, fp16 and bf16, a block Krylov method takes over where the rank is small (at most a
-    seventh of the shorter side, less 8), else the Gram matrix and eigh in fp64; what either returns is checked (orthonormality
-    and residuals to 5e-6, energy), and a matrix that fails goes on to the next method, in the end to torch.linalg.svd. That
-    waits for a GPU to finish. All others go to torch.linalg.svd at once.
+    in every SIMD lane (on a GPU, a tile of up to 16384 values). Beyond 128, in fp32, fp16 and bf16, a block Krylov method
+    takes over where the rank is small (at most a seventh of the shorter side, less 8), else the Gram matrix and eigh in fp64;
+    what either returns is checked (orthonormality and residuals to 5e-6, energy), and a matrix that fails goes on to the next
+    method, in the end to torch.linalg.svd. That waits for a GPU to finish. All others go to torch.linalg.svd at once.
 
     Signs are deterministic: the component of largest magnitude of every left singular vector is positive, the lowest index
     on ties. A matrix that holds NaN or Inf gives NaN and leaves its neighbours alone.
@@ -37,9 +38,11 @@ def truncated_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     _checks.tensor("x", x, "B m k")
     _checks.within("rank", rank, 0, min(x.shape[1:]), "up to min(m, k)")
+    _checks.gpu_dtype("x", x)
     if min(x.shape[1:]) > _large_svd.SHORTEST and x.dtype != torch.float64:
         return torch.ops.rmm_kernels.large_svd(x, rank, True)
-    if x.shape[0] < _FEWEST or min(x.shape[1:]) > _LARGEST:
+    too_large = _library.runs_on("truncated_svd", x) == "triton" and not _limits.truncated_svd_fits(*x.shape[1:])
+    if x.shape[0] < _FEWEST or min(x.shape[1:]) > _LARGEST or too_large:
         return torch.ops.rmm_kernels.truncated_svd.reference(x, rank)
     return torch.ops.rmm_kernels.truncated_svd(x, rank)
 

@@ -17,7 +17,7 @@ from typing import Any
 OLDEST = (3, 4)
 
 # The file that holds each op's launcher, a function of the op's name and signature.
-FILES: dict[str, str] = {name: name for name in ("gram", "project", "compress", "reconstruct")}
+FILES: dict[str, str] = {name: name for name in ("gram", "truncated_svd", "project", "compress", "reconstruct")}
 FILES |= {"lora_shrink": "lora_shrink", "lora_expand_": "lora_expand", "lora_forward_": "lora_forward"}
 FILES |= {"lora_forward": "lora_forward"}
 

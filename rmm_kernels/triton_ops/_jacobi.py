@@ -1,6 +1,6 @@
-"""What the Jacobi kernels share: exact scaling, the rotation of two columns, signs.
+"""What the Jacobi kernels share: exact scaling, rotations, one-sided Jacobi on tiles, orthonormal completion, signs.
 
-Everything is elementwise, on fp32 tensors of any shape.
+Everything is fp32. A tile [C, M, B] holds C lines of length M of each of B matrices.
 """
 
 from __future__ import annotations
@@ -91,3 +91,90 @@ def find_turn(pp, qq, pq, turned):
         tl.where(turned, longer, pp),
         tl.where(turned, shorter, qq),
     )
+
+
+@triton.jit
+def line(tile, c, k):
+    """Line k of each matrix of a tile [C, M, B]: [M, B]."""
+    return tl.sum(tl.where(c[:, None, None] == k, tile, 0.0), 0)
+
+
+@triton.jit
+def jacobi(y, v, c, ROTATE_V: tl.constexpr):
+    """Rotates the lines of y [C, M, B] until those of each matrix are orthogonal, of falling norm; v [C, ., B] with them.
+
+    At step s of a sweep line c meets line c ^ s, so that in C − 1 steps all have met; both sides find the same rotation. A
+    matrix that has converged is left as it is, so that its result does not depend on its neighbours. Returns y, v and the
+    squared norms [C, B].
+    """
+    norms = tl.sum(y * y, 1)
+    negligible: tl.constexpr = 0.7 * EPSILON * 0.7 * EPSILON  # pairs of lines both this short relative to the matrix
+    floor = tl.sum(norms, 0) * negligible
+    floor = (floor * floor)[None, :]
+    sweep = 0
+    active = 1
+    while (sweep < MAX_SWEEPS) & (active > 0):
+        swept = tl.zeros_like(norms).to(tl.int32)
+        for step in range(1, c.shape[0]):
+            partner = c ^ step
+            upper = (c > partner)[:, None]
+            partners = tl.gather(norms, tl.broadcast_to(partner[:, None], norms.shape), 0)
+            other = tl.gather(y, tl.broadcast_to(partner[:, None, None], y.shape), 0)
+            pq = tl.sum(y * other, 1)
+            pp = tl.where(upper, partners, norms)
+            qq = tl.where(upper, norms, partners)
+            turned = needs_turn(pp, qq, pq, floor)
+            swept |= turned.to(tl.int32)
+            cosine, sine, longer, shorter = find_turn(pp, qq, pq, turned)
+            sine = tl.where(upper, -sine, sine)
+            norms = tl.where(upper, shorter, longer)
+            rotated = tl.fma(cosine[:, None, :], y, sine[:, None, :] * other)
+            y = tl.where(turned[:, None, :], rotated, y)
+            if ROTATE_V:
+                other_v = tl.gather(v, tl.broadcast_to(partner[:, None, None], v.shape), 0)
+                rotated_v = tl.fma(cosine[:, None, :], v, sine[:, None, :] * other_v)
+                v = tl.where(turned[:, None, :], rotated_v, v)
+        norms = tl.sum(y * y, 1)
+        active = tl.max(tl.max(swept, 1), 0)
+        sweep += 1
+    return y, v, norms
+
+
+@triton.jit
+def falling(values, c):
+    """values [C, B] made to fall along C: each the least of those up to it."""
+    earlier = c[None, :, None] <= c[:, None, None]
+    return tl.min(tl.where(earlier, values[None, :, :], LARGEST), 1)
+
+
+@triton.jit
+def orthonormal(row, done, live, j, length):
+    """row [J, B] rid of the orthonormal lines `done` [P, J, B] (zero where there is none yet), of norm 1.
+
+    Where not `live` [B], or where nothing is left of it, what is left of the unit vector that sticks out most of them: by a
+    margin, so that rounding does not decide.
+    """
+    column = j[:, None]
+    left = tl.where(column < length, 1.0 - tl.sum(done * done, 0), -1.0)
+    candidates = tl.where(left > tl.max(left, 0)[None, :] - 1e-3, column, length)
+    unit = (column == tl.min(candidates, 0)[None, :]).to(tl.float32)
+    row = tl.where(live[None, :], row, unit)
+    for attempt in tl.static_range(3):
+        along = tl.sum(done * row[None, :, :], 1)
+        row -= tl.sum(along[:, None, :] * done, 0)
+        square = tl.sum(row * row, 0)
+        if attempt == 0:
+            left_over = square > 1e4 * EPSILON * EPSILON
+            row = tl.where(left_over[None, :], row, unit)
+            square = tl.where(left_over, square, 1.0)
+        row *= inverse_root(tl.maximum(square, TINY))[None, :]
+    return row * (1.5 - 0.5 * tl.sum(row * row, 0))[None, :]
+
+
+@triton.jit
+def peak_sign(row, j):
+    """±1 [B]: the sign of the entry of largest magnitude of row [J, B], the lowest index on ties."""
+    magnitude = tl.abs(row)
+    peak = tl.min(tl.where(magnitude == tl.max(magnitude, 0)[None, :], j[:, None], j.shape[0]), 0)
+    value = tl.sum(tl.where(j[:, None] == peak[None, :], row, 0.0), 0)
+    return tl.where(value < 0, -1.0, 1.0)

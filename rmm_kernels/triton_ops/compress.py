@@ -17,21 +17,19 @@ from torch import Tensor
 from .. import reference
 from ._jacobi import (
     DEFICIENT,
-    EPSILON,
     LARGEST,
-    MAX_SWEEPS,
     TINY,
-    find_turn,
+    falling,
     inverse_root,
-    needs_turn,
+    jacobi,
+    line,
+    orthonormal,
+    peak_sign,
     scale_of,
     squared_times,
 )
 from ._launch import launch, require, require_floats, vector_width
-
-# The largest tile of one matrix, K by the longer side, both rounded up to a power of two.
-LARGEST_K = 64
-LARGEST_TILE = 16384
+from ._limits import LARGEST_K, LARGEST_TILE, compress_fits, power_of_two
 
 # What is not worth a kernel of its own per value.
 SIZES = [
@@ -51,19 +49,6 @@ SIZES = [
 ]
 
 
-def supported(n: int, r: int, components: int) -> bool:
-    """Whether the kernel takes n tasks' vectors of r ranks."""
-    lines, length, chosen = _tile(n, r, components)
-    return lines <= LARGEST_K and max(lines * length, chosen * triton.next_power_of_2(r)) <= LARGEST_TILE
-
-
-def _tile(n: int, r: int, components: int) -> tuple[int, int, int]:
-    """The shorter and the longer side of Y, and the components, as powers of two."""
-    tasks = max(n - 1, 1)
-    sides = min(r, tasks), max(r, tasks), max(components, 1)
-    return tuple(triton.next_power_of_2(side) for side in sides)
-
-
 def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     require(x.ndim == 3 and x.shape[0] >= 1 and 0 <= components <= x.shape[2], "x [n >= 1, S, r], components from 0 to r")
     require_floats(x)
@@ -73,11 +58,11 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     energy = x.new_empty(positions, min(r, n - 1), dtype=torch.float32)
     if positions == 0 or r == 0:
         return basis, coeff, energy.fill_(0)
-    require(supported(n, r, components), f"min(r, n - 1) of at most {LARGEST_K}, tiles of at most {LARGEST_TILE} values")
-    lines, length, chosen = _tile(n, r, components)
-    tile = max(lines * length, chosen * triton.next_power_of_2(r))
+    require(compress_fits(n, r, components), f"min(r, n - 1) of at most {LARGEST_K}, tiles of at most {LARGEST_TILE} values")
+    lines, length, chosen = (power_of_two(side) for side in (min(r, n - 1), max(r, n - 1), components))
+    tile = max(lines * length, chosen * power_of_two(r))
     vector = vector_width(x)
-    group = max(1, min(8, LARGEST_TILE // 2 // tile))
+    group = max(1, min(32 // x.element_size(), LARGEST_TILE // 2 // tile))  # 32 bytes of neighbouring positions
     launch(
         _compress_tile,
         (triton.cdiv(positions, group),),
@@ -92,7 +77,9 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
         x.stride(0) // vector,
         x.stride(1) // vector,
         x.stride(2),
-        *basis.stride(),
+        basis.stride(0) // vector,
+        basis.stride(1) // vector,
+        basis.stride(2),
         *coeff.stride(),
         inverse_n=1.0 / n,
         spread=1.0 / (n**0.5 - 1.0) if n > 1 else 0.0,
@@ -102,91 +89,10 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
         M=length,
         P=chosen,
         VECTOR=vector,
+        RANKS_TOGETHER=basis.stride(2) == 1,
         num_warps=max(1, min(16, group * tile // 1024)),
     )
     return basis, coeff, energy
-
-
-@triton.jit
-def line(tile, c, k):
-    """Line k of each matrix of a tile [C, M, B]: [M, B]."""
-    return tl.sum(tl.where(c[:, None, None] == k, tile, 0.0), 0)
-
-
-@triton.jit
-def jacobi(y, v, c, ROTATE_V: tl.constexpr):
-    """Rotates the lines of y [C, M, B] until those of each matrix are orthogonal, of falling norm; v [C, ., B] with them.
-
-    At step s of a sweep line c meets line c ^ s, so that in C − 1 steps all have met; both sides find the same rotation. A
-    matrix that has converged is left as it is, so that its result does not depend on its neighbours. Returns y, v and the
-    squared norms [C, B].
-    """
-    norms = tl.sum(y * y, 1)
-    negligible: tl.constexpr = 0.7 * EPSILON * 0.7 * EPSILON  # pairs of lines both this short relative to the matrix
-    floor = tl.sum(norms, 0) * negligible
-    floor = (floor * floor)[None, :]
-    sweep = 0
-    active = 1
-    while (sweep < MAX_SWEEPS) & (active > 0):
-        swept = tl.zeros_like(norms).to(tl.int32)
-        for step in range(1, c.shape[0]):
-            partner = c ^ step
-            upper = (c > partner)[:, None]
-            partners = tl.gather(norms, tl.broadcast_to(partner[:, None], norms.shape), 0)
-            other = tl.gather(y, tl.broadcast_to(partner[:, None, None], y.shape), 0)
-            pq = tl.sum(y * other, 1)
-            pp = tl.where(upper, partners, norms)
-            qq = tl.where(upper, norms, partners)
-            turned = needs_turn(pp, qq, pq, floor)
-            swept |= turned.to(tl.int32)
-            cosine, sine, longer, shorter = find_turn(pp, qq, pq, turned)
-            sine = tl.where(upper, -sine, sine)
-            norms = tl.where(upper, shorter, longer)
-            rotated = tl.fma(cosine[:, None, :], y, sine[:, None, :] * other)
-            y = tl.where(turned[:, None, :], rotated, y)
-            if ROTATE_V:
-                other_v = tl.gather(v, tl.broadcast_to(partner[:, None, None], v.shape), 0)
-                rotated_v = tl.fma(cosine[:, None, :], v, sine[:, None, :] * other_v)
-                v = tl.where(turned[:, None, :], rotated_v, v)
-        norms = tl.sum(y * y, 1)
-        active = tl.max(tl.max(swept, 1), 0)
-        sweep += 1
-    return y, v, norms
-
-
-@triton.jit
-def falling(values, c):
-    """values [C, B] made to fall along C: each the least of those up to it."""
-    earlier = c[None, :, None] <= c[:, None, None]
-    return tl.min(tl.where(earlier, values[None, :, :], LARGEST), 1)
-
-
-@triton.jit
-def orthonormal(row, done, live, j, length):
-    """row [J, B] rid of the orthonormal lines `done` [P, J, B] (zero where there is none yet), of norm 1.
-
-    Where not `live` [B], what is left of the unit vector that sticks out most of them: by a margin, so that rounding does not
-    decide.
-    """
-    column = j[:, None]
-    left = tl.where(column < length, 1.0 - tl.sum(done * done, 0), -1.0)
-    candidates = tl.where(left > tl.max(left, 0)[None, :] - 1e-3, column, length)
-    unit = (column == tl.min(candidates, 0)[None, :]).to(tl.float32)
-    row = tl.where(live[None, :], row, unit)
-    for _ in tl.static_range(2):
-        along = tl.sum(done * row[None, :, :], 1)
-        row -= tl.sum(along[:, None, :] * done, 0)
-        row *= inverse_root(tl.maximum(tl.sum(row * row, 0), TINY))[None, :]
-    return row * (1.5 - 0.5 * tl.sum(row * row, 0))[None, :]
-
-
-@triton.jit
-def peak_sign(row, j):
-    """±1 [B]: the sign of the entry of largest magnitude of row [J, B], the lowest index on ties."""
-    magnitude = tl.abs(row)
-    peak = tl.min(tl.where(magnitude == tl.max(magnitude, 0)[None, :], j[:, None], j.shape[0]), 0)
-    value = tl.sum(tl.where(j[:, None] == peak[None, :], row, 0.0), 0)
-    return tl.where(value < 0, -1.0, 1.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -197,7 +103,7 @@ def _compress_tile(
     energy,
     n,
     positions,
-    r,  # like x_task and x_position in units of VECTOR, so that the compiler sees what they are multiples of
+    r,  # like the strides of x and basis but those of ranks in units of VECTOR, so that the compiler sees it divides them
     components,
     x_task,
     x_position,
@@ -216,12 +122,17 @@ def _compress_tile(
     M: tl.constexpr,
     P: tl.constexpr,
     VECTOR: tl.constexpr,
+    RANKS_TOGETHER: tl.constexpr,
 ):
     r = r * VECTOR
     x_task = x_task.to(tl.int64) * VECTOR
     x_position = x_position.to(tl.int64) * VECTOR
+    basis_component = basis_component.to(tl.int64) * VECTOR
+    basis_position = basis_position.to(tl.int64) * VECTOR
     if VECTOR > 1:
         x_rank = 1
+    if RANKS_TOGETHER:
+        basis_rank = 1
     s = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     c = tl.arange(0, C)
     m = tl.arange(0, M)

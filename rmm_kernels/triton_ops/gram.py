@@ -1,7 +1,7 @@
 """gram: up to 64 columns, several matrices per program; more, a pair of blocks of columns per program, each pair once.
 
-Numerics: fp16 and bf16 as they are multiply on tensor cores, exactly, into fp32 sums. fp32, and whatever is centred, takes
-fp32 multiply-adds (input_precision "ieee", never TF32).
+Numerics: fp16 and bf16 as they are multiply on tensor cores, exactly, into fp32 sums. fp32, whatever is centred, and up to 16
+columns, which no tensor core would speed up, take fp32 multiply-adds (input_precision "ieee", never TF32).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def gram(x: Tensor, center: bool = False) -> Tensor:
     rows = max(16, min(_ROWS, triton.next_power_of_2(m)))
     blocks = triton.cdiv(k, columns)
     group = max(1, min(8, _TILE // (rows * columns), triton.next_power_of_2(batch))) if blocks == 1 else 1
-    vector = vector_width(x)
+    # 64-bit loads are enough for short rows, and spread them over lanes so that banks don't conflict.
+    vector = min(vector_width(x), 4) if columns == 16 else vector_width(x)
     launch(
         _gram,
         (triton.cdiv(batch, group) * blocks * blocks,),
@@ -45,7 +46,8 @@ def gram(x: Tensor, center: bool = False) -> Tensor:
         x.stride(1) // vector,
         x.stride(2),
         CENTER=center,
-        EXACT=center or x.dtype == torch.float32,
+        EXACT=center or x.dtype == torch.float32 or columns == 16,
+        WHOLE=blocks == 1,
         G=group,
         M=rows,
         K=columns,
@@ -56,15 +58,22 @@ def gram(x: Tensor, center: bool = False) -> Tensor:
 
 
 @triton.jit
-def _block(row, inside, first, x_column, m_mask, k, inverse_k, CENTER: tl.constexpr, EXACT: tl.constexpr, K: tl.constexpr):
+def _block(
+    row, first, x_column, m_mask, k, inverse_k, CENTER: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, K: tl.constexpr
+):
     """Columns from `first` on of some rows (pointers [G, M, 1]): [G, M, K], centred over all k columns where that is asked."""
     column = first + tl.arange(0, K)
     mask = m_mask & (column < k)[None, None, :]
     tile = tl.load(row + column.to(tl.int64)[None, None, :] * x_column, mask=mask, other=0.0)
     if EXACT:
         tile = tile.to(tl.float32)
-    if CENTER:
+    if CENTER and WHOLE:
         # The first column goes first: exactly so where all columns share an offset.
+        offset = tl.expand_dims(tl.sum(tl.where((column == 0)[None, None, :], tile, 0.0), 2), 2)
+        tile = tl.where(mask, tile - offset, 0.0)
+        mean = tl.expand_dims(tl.sum(tile, 2), 2) * inverse_k
+        tile = tl.where(mask, tile - mean, 0.0)
+    elif CENTER:
         offset = tl.load(row, mask=m_mask, other=0.0).to(tl.float32)
         total = tl.zeros_like(offset)
         for start in range(0, k, K):
@@ -74,6 +83,15 @@ def _block(row, inside, first, x_column, m_mask, k, inverse_k, CENTER: tl.conste
             total += tl.expand_dims(tl.sum(tl.where(there, values - offset, 0.0), 2), 2)
         tile = tl.where(mask, tile - offset - total * inverse_k, 0.0)
     return tile
+
+
+@triton.jit
+def _store(out, tile, b, top, left, k, there, K: tl.constexpr):
+    """tile [G, K, K] to rows from `top` and columns from `left` on of out [batch, k, k]."""
+    p = top + tl.arange(0, K)[None, :, None]
+    q = left + tl.arange(0, K)[None, None, :]
+    offsets = b[:, None, None] * k * k + p.to(tl.int64) * k + q
+    tl.store(out + offsets, tile, mask=there[:, None, None] & (p < k) & (q < k))
 
 
 @triton.jit(do_not_specialize=["batch", "m", "k", "blocks", "x_matrix", "x_row", "x_column"])
@@ -89,6 +107,7 @@ def _gram(
     x_column,
     CENTER: tl.constexpr,
     EXACT: tl.constexpr,
+    WHOLE: tl.constexpr,
     G: tl.constexpr,
     M: tl.constexpr,
     K: tl.constexpr,
@@ -111,14 +130,11 @@ def _gram(
             i = start + tl.arange(0, M)
             m_mask = (b < batch)[:, None, None] & (i < m)[None, :, None]
             row = x + b[:, None, None] * x_matrix + i.to(tl.int64)[None, :, None] * x_row
-            one = _block(row, m_mask, left, x_column, m_mask, k, inverse_k, CENTER, EXACT, K)
+            one = _block(row, left, x_column, m_mask, k, inverse_k, CENTER, EXACT, WHOLE, K)
             other = one
             if left != right:
-                other = _block(row, m_mask, right, x_column, m_mask, k, inverse_k, CENTER, EXACT, K)
+                other = _block(row, right, x_column, m_mask, k, inverse_k, CENTER, EXACT, WHOLE, K)
             sums = tl.dot(tl.permute(one, (0, 2, 1)), other, sums, input_precision="ieee")
-        p = left + tl.arange(0, K)[None, :, None]
-        q = right + tl.arange(0, K)[None, None, :]
-        to = out + b[:, None, None] * k * k
-        mask = (b < batch)[:, None, None] & (p < k) & (q < k) & (p <= q)
-        tl.store(to + p.to(tl.int64) * k + q, sums, mask=mask)
-        tl.store(to + q.to(tl.int64) * k + p, sums, mask=mask & (p < q))
+        _store(out, sums, b, left, right, k, b < batch, K)
+        if left != right:
+            _store(out, tl.permute(sums, (0, 2, 1)), b, right, left, k, b < batch, K)

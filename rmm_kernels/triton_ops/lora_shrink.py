@@ -140,8 +140,9 @@ def check(x: Tensor, basis_a: Tensor, coeff_a: Tensor, task_ids: Tensor) -> None
         (x.ndim, basis_a.ndim, coeff_a.ndim, task_ids.ndim) == (2, 3, 3, 1)
         and basis_a.shape[0] == coeff_a.shape[1] + 1
         and basis_a.shape[2] == coeff_a.shape[2] == x.shape[1]
-        and task_ids.shape[0] == x.shape[0],
-        "x [T, in], basis_a [p+1, r, in], coeff_a [n, p, in], task_ids [T]",
+        and task_ids.shape[0] == x.shape[0]
+        and task_ids.dtype in (torch.int32, torch.int64),
+        "x [T, in], basis_a [p+1, r, in], coeff_a [n, p, in], task_ids [T] of int32 or int64",
     )
 
 

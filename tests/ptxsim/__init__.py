@@ -266,6 +266,8 @@ _COLUMNS = [
     "ideal_wavefronts",
 ]
 
+_REGION_COLUMNS = ["region", "class", "requests", "sectors", "ideal_sectors", "bytes"]
+
 
 def _summarise(raw, kernel, grid, block):
     rows = [dict(zip(_COLUMNS, r, strict=False)) for r in raw["instructions"]]
@@ -304,6 +306,7 @@ def _summarise(raw, kernel, grid, block):
         "by_class": classes,
         "mma": {c[4:]: v["warp"] for c, v in classes.items() if c.startswith("mma ")},
         "global": glob,
+        "regions": [dict(zip(_REGION_COLUMNS, r, strict=True)) for r in raw["regions"]],
         "widest_global_load": raw["widest_global_load"],
         "shared": {
             "wavefronts": wavefronts,

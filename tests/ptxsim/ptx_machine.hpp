@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <random>
 
 #include "ptx_parser.hpp"
@@ -106,7 +107,7 @@ struct Region {
   std::string name;
   struct Use {
     u32 writer, reader;
-  };                          // block number + 1; see Machine::note_global
+  };  // block number + 1; see Machine::note_global
   std::shared_ptr<Use> uses;  // calloc: untouched pages cost nothing
 };
 
@@ -201,6 +202,7 @@ struct Machine {
   u32 checks = 0;
   bool statistics = true, forced_switch = false;
   Region* last_region = nullptr;
+  std::map<std::pair<const Region*, u32>, Counters> by_region;  // global accesses by memory region and instruction class
   std::string printed;
   std::mt19937_64 random;
 
@@ -533,10 +535,15 @@ struct Machine {
           last_sector = s;
         }
     }
-    c.requests++;
-    c.sectors += sectors;
-    c.ideal_sectors += (distinct * bytes + 31) / 32;
-    c.bytes += (u64)n * bytes;
+    const u64 ideal = (distinct * bytes + 31) / 32, requested = (u64)n * bytes;
+    const auto add = [&](Counters& to) {
+      to.requests++;
+      to.sectors += sectors;
+      to.ideal_sectors += ideal;
+      to.bytes += requested;
+    };
+    add(c);
+    if (last_region) add(by_region[{last_region, in.klass}]);
   }
   // Wavefronts of one phase (at most 128 bytes requested): the most distinct words that share a bank.
   static u32 phase_wavefronts(const u64* words, int n) {

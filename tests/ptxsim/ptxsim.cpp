@@ -1,5 +1,6 @@
 // Scheduler of warps and blocks, and the C interface that ptxsim.py uses.
 #include <cstdarg>
+#include <map>
 #include <sstream>
 #include <thread>
 
@@ -771,6 +772,16 @@ std::string run_launch(LoadedModule& lm, const std::string& kernel, const Launch
       t.ideal_wavefronts += c.ideal_wavefronts;
     }
   }
+  std::map<std::pair<const Region*, u32>, Counters> by_region;
+  for (auto& r : runners) {
+    for (const auto& [key, c] : r->m.by_region) {
+      Counters& t = by_region[key];
+      t.requests += c.requests;
+      t.sectors += c.sectors;
+      t.ideal_sectors += c.ideal_sectors;
+      t.bytes += c.bytes;
+    }
+  }
   std::ostringstream out;
   u64 warps_per_block = (a.block[0] * a.block[1] * a.block[2] + 31) / 32;
   out << "{\"barriers_per_warp\":" << (f64)barriers / (f64)(blocks * warps_per_block)
@@ -784,6 +795,13 @@ std::string run_launch(LoadedModule& lm, const std::string& kernel, const Launch
     out << (first ? "" : ",") << "[" << in.line << "," << quoted(*in.text) << "," << quoted(p.classes[in.klass]) << ","
         << c.warp << "," << c.thread << "," << c.requests << "," << c.sectors << "," << c.ideal_sectors << "," << c.bytes << ","
         << c.wavefronts << "," << c.ideal_wavefronts << "]";
+    first = false;
+  }
+  out << "],\"regions\":[";
+  first = true;
+  for (const auto& [key, c] : by_region) {
+    out << (first ? "" : ",") << "[" << quoted(key.first->name) << "," << quoted(p.classes[key.second]) << "," << c.requests
+        << "," << c.sectors << "," << c.ideal_sectors << "," << c.bytes << "]";
     first = false;
   }
   out << "]}";

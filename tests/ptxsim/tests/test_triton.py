@@ -37,6 +37,13 @@ def test_masked_add(seed):
     stats = k(8, x, y, o, n, seed=seed)
     assert torch.equal(o, x + y)
     assert stats["global"]["load"]["efficiency"] == 1.0
+    by_region = {entry["region"].split()[1]: entry for entry in stats["regions"]}
+    assert {key: (entry["class"].split()[0], entry["bytes"]) for key, entry in by_region.items()} == {
+        "0": ("load", 4 * n),
+        "1": ("load", 4 * n),
+        "2": ("store", 4 * n),
+    }
+    assert sum(entry["sectors"] for entry in by_region.values()) == 3 * n // 8
 
 
 @triton.jit

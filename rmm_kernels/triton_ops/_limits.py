@@ -1,0 +1,24 @@
+"""What the Jacobi kernels take: decided without Triton, so that the public functions can ask."""
+
+from __future__ import annotations
+
+# Of one matrix: the shorter side, and the tile that holds it, both sides rounded up to a power of two.
+LARGEST_K = 64
+LARGEST_TILE = 16384
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below `size`, 1 at least."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def compress_fits(n: int, r: int, components: int) -> bool:
+    """Whether the compress kernel takes n tasks' vectors of r ranks."""
+    k, longer = min(r, n - 1), max(r, n - 1)
+    values = max(power_of_two(k) * power_of_two(longer), power_of_two(components) * power_of_two(r))
+    return k <= LARGEST_K and values <= LARGEST_TILE
+
+
+def truncated_svd_fits(m: int, k: int) -> bool:
+    """Whether the truncated_svd kernel takes matrices of m by k."""
+    return min(m, k) <= LARGEST_K and power_of_two(m) * power_of_two(k) <= LARGEST_TILE

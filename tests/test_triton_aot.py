@@ -1,0 +1,135 @@
+"""Every Triton kernel compiled ahead of time for five architectures, and run in the simulator: what the compiler made of it.
+
+Gates, per case of triton_cases.CASES: no spills, shared memory within the limit, tensor-core instructions where a product is
+meant, 128-bit loads, asynchronous copies in pipelined loops; from the simulator coalescing, bank conflicts and bytes moved.
+`python -m pytest tests/test_triton_aot.py -k table` prints the table.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+import triton.backends.nvidia
+import triton_runs
+from ops import one_thread  # noqa: F401
+from triton_cases import CASES, Case
+
+from rmm_kernels.triton_ops._launch import Launch
+
+# Bytes of shared memory that one program may have.
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+
+TENSOR_CORE = {
+    "sm_80": r"\bmma\.sync",
+    "sm_90": r"\bwgmma\.mma_async|\bmma\.sync",
+    "sm_100": r"\btcgen05\.mma|\bmma\.sync",
+    "sm_120": r"\bmma\.sync",
+    "gfx942": r"\bv_mfma_",
+}
+WIDE_LOAD = {"gfx942": r"\b(?:global|buffer)_load_dwordx4"}
+WIDE_LOAD_PTX = r"\bld\.global\S*\.v(?:4\.b32|2\.b64|8\.b16)|\bcp\.async\.c[ag]\.shared\.global .*, 0x10"
+ASYNCHRONOUS = r"\bcp\.async\.c[ag]\.shared|\bcp\.async\.bulk"
+
+COALESCING = 0.9
+CONFLICTS = 1.2
+TRAFFIC = 1.1
+
+
+@cache
+def launches(case: Case) -> tuple[Launch, ...]:
+    """What a case launches; nothing runs."""
+    collected: list[Launch] = []
+    with triton_runs.running(collected.append):
+        case.call()
+    assert collected, f"{case.name} launches nothing"
+    return tuple(collected)
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers a thread, bytes it spills, shared memory, of one compiled kernel."""
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        found = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
+        return {"registers": found["vgpr_count"], "spills": found["vgpr_spill_count"], "shared": kernel.metadata.shared}
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True, timeout=300
+        ).stdout
+    found = {key: int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
+    return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"], "shared": kernel.metadata.shared}
+
+
+@cache
+def facts(case: Case, target: str) -> list[dict[str, Any]]:
+    """One row for each kernel that the case launches."""
+    rows = []
+    for what in launches(case):
+        kernel = triton_runs.compiled(what, target)
+        text = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
+        code = re.sub(r"//.*|\s;.*", "", text) if "ptx" in kernel.asm else text
+        row = {"case": case.name, "kernel": what.kernel.__name__, "arch": target, **resources(kernel)}
+        row["mma"] = len(re.findall(TENSOR_CORE[target], code))
+        row["wgmma"] = len(re.findall(r"\bwgmma\.mma_async", code))
+        row["wide"] = len(re.findall(WIDE_LOAD.get(target, WIDE_LOAD_PTX), code))
+        row["async"] = len(re.findall(ASYNCHRONOUS, code))
+        row["instructions"] = len(re.findall(r"^\s+(?:@!?%p\d+ )?[a-z][\w.]+[ \t;]", code, re.MULTILINE))
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("target", triton_runs.TARGETS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_compiled(case: Case, target: str) -> None:
+    rows = facts(case, target)
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["shared"] <= SHARED[target], row
+    total = {key: sum(row[key] for row in rows) for key in ("mma", "wgmma", "wide", "async")}
+    if case.dot:
+        assert total["mma"], rows
+    if case.wgmma and target == "sm_90":
+        assert total["wgmma"], rows
+    if case.wide_loads:
+        assert total["wide"], rows
+    if case.asynchronous and target != "gfx942":
+        assert total["async"], rows
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.bytes is not None], ids=lambda case: case.name)
+def test_simulated(case: Case) -> None:
+    simulator = triton_runs.Simulator(seeds=(1,))
+    with triton_runs.running(simulator):
+        case.call()
+    sectors = 0
+    for counts in simulator.counts:
+        assert counts["local"]["requests"] == 0
+        assert counts["shared"]["wavefronts"] <= CONFLICTS * counts["shared"]["ideal_wavefronts"], counts["shared"]
+        for access in counts["regions"]:
+            if access["sectors"] >= 64:  # less is edges: a tensor of a few ids starts and ends within a sector
+                efficiency = access["ideal_sectors"] / access["sectors"]
+                assert efficiency >= COALESCING, (counts["kernel"], access, efficiency)
+        sectors += sum(counts["global"][kind]["sectors"] for kind in ("load", "store"))
+    assert 32 * sectors <= TRAFFIC * case.bytes, (32 * sectors, case.bytes, 32 * sectors / case.bytes)
+
+
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints what was compiled."""
+    columns = ("case", "kernel", "arch", "registers", "spills", "shared", "mma", "wgmma", "wide", "async", "instructions")
+    rows = [row for case in CASES for target in triton_runs.TARGETS for row in facts(case, target)]
+    widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in columns} if rows else {}
+    with capsys.disabled():
+        print()
+        for row in [dict(zip(columns, columns, strict=True)), *rows]:
+            print("  ".join(str(row[key]).ljust(widths.get(key, 0)) for key in columns))
+    assert len(rows) >= len(CASES) * len(triton_runs.TARGETS)
