@@ -84,11 +84,6 @@ class Overload:
         finally:
             torch.use_deterministic_algorithms(False)
 
-    @property
-    def refuses_ids(self) -> bool:
-        """Whether an id that is out of range is an error: looking would make a GPU wait."""
-        return self.device == "cpu" and self.way is None
-
     def sibling(self, op: str) -> Overload:
         """Another op of the same backend."""
         return replace(self, op=op)

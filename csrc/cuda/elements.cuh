@@ -36,6 +36,20 @@ union Packed {
   __device__ Packed() {}
 };
 
+// 16 bytes in one instruction: the compiler likes to take a vector store apart.
+__device__ __forceinline__ void store_global(void* to, uint4 bits) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_shared(float* to, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
+}
+
 // kVector values from or to 16-byte aligned global memory.
 template <class T>
 __device__ __forceinline__ void load_vector(const T* from, float (&values)[kVector<T>]) {
@@ -50,7 +64,7 @@ __device__ __forceinline__ void store_vector(T* to, const float (&values)[kVecto
   Packed<T> packed;
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) packed.values[i] = Storage<T>::narrow(values[i]);
-  *reinterpret_cast<uint4*>(to) = packed.bits;
+  store_global(to, packed.bits);
 }
 
 }  // namespace rmm

@@ -118,6 +118,7 @@ struct Counters {
 
 struct ByteState {  // shadow of one granule of shared memory
   u32 write_clock, read_clock, other_read_clock, write_serial;
+  u32 readers, other_readers;  // lanes behind MANY_LANES
   u8 write_warp, write_lane, read_warp, read_lane, other_read_warp, other_read_lane, flags, unused;
   enum { WRITTEN = 1, IN_FLIGHT = 2, STRONG = 4 };
 };
@@ -382,14 +383,14 @@ struct Machine {
                 std::to_string((s64)(address - SHARED_START)) + " (the block has " + std::to_string(shared_end - SHARED_START) +
                 " bytes)");
   }
-  bool ordered(u8 by_warp, u8 by_lane, u32 by_clock, int lane) const {
+  bool ordered(u8 by_warp, u8 by_lane, u32 by_clock, int lane, u32 many = 0xffffffffu) const {
     const Warp& w = *warp;
     if (by_warp != w.index) return w.seen[by_warp] > by_clock;
     if (by_lane == lane && lane < 32) return true;
     auto synced = [&](int l) {
       if (l < 32) return w.lane_sync[l] > by_clock;
       for (int i = 0; i < 32; ++i)
-        if ((w.live >> i & 1) && w.lane_sync[i] <= by_clock) return false;
+        if ((w.live & many) >> i & 1 && w.lane_sync[i] <= by_clock) return false;
       return true;
     };
     return synced(lane) && synced(by_lane);
@@ -421,11 +422,12 @@ struct Machine {
         b.other_read_warp = b.read_warp;
         b.other_read_lane = b.read_lane;
         b.other_read_clock = b.read_clock;
+        b.other_readers = b.readers;
       }
-      b.read_lane =
-          (b.read_lane == lane && b.read_warp == w) || b.read_lane == NO_LANE || b.read_warp != w || b.read_clock != warp->clock
-              ? (u8)lane
-              : MANY_LANES;
+      bool alone = (b.read_lane == lane && b.read_warp == w) || b.read_lane == NO_LANE || b.read_warp != w ||
+                   b.read_clock != warp->clock;
+      b.readers = (alone ? 0 : b.readers) | (lane < 32 ? 1u << lane : 0xffffffffu);
+      b.read_lane = alone ? (u8)lane : MANY_LANES;
       b.read_warp = w;
       b.read_clock = warp->clock;
     }
@@ -453,10 +455,10 @@ struct Machine {
         }
         if (!same_value || in_flight) {
           if (b.read_lane != NO_LANE && !(strong && (b.flags & ByteState::STRONG)) &&
-              !ordered(b.read_warp, b.read_lane, b.read_clock, lane))
+              !ordered(b.read_warp, b.read_lane, b.read_clock, lane, b.readers))
             shared_race(in, lane, i * g, "writes", b.read_warp, b.read_lane, "read");
           if (b.other_read_lane != NO_LANE && !(strong && (b.flags & ByteState::STRONG)) &&
-              !ordered(b.other_read_warp, b.other_read_lane, b.other_read_clock, lane))
+              !ordered(b.other_read_warp, b.other_read_lane, b.other_read_clock, lane, b.other_readers))
             shared_race(in, lane, i * g, "writes", b.other_read_warp, b.other_read_lane, "read");
         }
       }

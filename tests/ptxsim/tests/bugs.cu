@@ -148,3 +148,32 @@ extern "C" __global__ void shared_traffic(const float* x, float* y, int n) {
   }
   y[blockIdx.x * blockDim.x + threadIdx.x] = t;
 }
+
+// Eight lanes read, synchronise among themselves, and one of them writes, while the warp's other lanes are elsewhere.
+extern "C" __global__ void part_of_a_warp_syncs(int* out) {
+  __shared__ int value;
+  if (threadIdx.x == 0) value = 1;
+  __syncwarp();
+  int sum = 0;
+  if (threadIdx.x < 8) {
+    sum = value;
+    __syncwarp(0xff);
+    if (threadIdx.x == 3) value = 2;
+  }
+  out[threadIdx.x] = sum;
+}
+
+extern "C" __global__ void too_small_a_part_syncs(int* out) {
+  __shared__ int value;
+  if (threadIdx.x == 0) value = 1;
+  __syncwarp();
+  int sum = 0;
+  if (threadIdx.x < 8) {
+    sum = value;
+    if (threadIdx.x < 4) {
+      __syncwarp(0xf);
+      if (threadIdx.x == 3) value = 2;
+    }
+  }
+  out[threadIdx.x] = sum;
+}

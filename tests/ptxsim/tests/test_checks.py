@@ -183,3 +183,12 @@ def test_speed(mod):
     print({k: f"{v / 1e6:.0f} M/s" for k, v in rates.items()})
     assert min(v for (k, c), v in rates.items() if not c) > 20e6
     assert min(v for (k, c), v in rates.items() if c) > 5e6
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_part_of_a_warp_syncs(mod, seed):
+    """What eight lanes read is ordered by their own barrier, whatever the warp's other lanes do; not by a smaller one."""
+    out = np.zeros(32, np.int32)
+    mod.launch("part_of_a_warp_syncs", 1, 32, [out], seed=seed)
+    assert (out == [1] * 8 + [0] * 24).all()
+    fails(mod, "shared memory data race: writes offset", "too_small_a_part_syncs", 1, 32, [out], seed=seed)

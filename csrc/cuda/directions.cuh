@@ -1,0 +1,107 @@
+// From a matrix Y [r, columns] in shared memory to its leading left singular vectors, by a team: QR of Y or of Yᵀ, whichever is
+// tall, one-sided Jacobi on R or Rᵀ, and the chosen columns made orthonormal and taken back through Q.
+#pragma once
+
+#include "team.cuh"
+
+namespace rmm {
+
+// Sizes, and where a team keeps what, in floats from the start of its memory.
+struct Directions {
+  int r, columns, k, p;                   // k = min(r, columns); p vectors are wanted, up to r
+  int rows;                               // of y as it is factored: r where Y is tall, else columns
+  int y, y_stride, core, core_stride;     // [k][rows], [k slots][k]
+  int u, u_stride;                        // [p][r], the result
+  int tau, diagonal, norms, kept, order;  // [k] each; kept is 1 where σ is not negligible, else 0
+  int room;                               // [max(k, what the kernel wants)]
+  int end;
+
+  __host__ __device__ bool tall() const { return r >= columns; }
+};
+
+inline Directions directions_at(int64_t start, int64_t r, int64_t columns, int64_t p, int64_t room) {
+  Directions d{};
+  const int64_t k = r < columns ? r : columns, rows = r < columns ? columns : r;
+  int64_t next = start;
+  const auto take = [&next](int64_t count) {
+    const int64_t at = next;
+    next += count;
+    return static_cast<int>(at < 0x7fffffff ? at : 0x7fffffff);
+  };
+  d.r = static_cast<int>(r), d.columns = static_cast<int>(columns), d.k = static_cast<int>(k), d.p = static_cast<int>(p);
+  d.rows = static_cast<int>(rows);
+  d.y_stride = d.rows | 1, d.core_stride = d.k | 1, d.u_stride = d.r | 1;
+  d.y = take(k * (rows | 1));
+  d.core = take(k * (k | 1));
+  d.u = take(p * (r | 1));
+  d.tau = take(k), d.diagonal = take(k), d.norms = take(k), d.kept = take(k), d.order = take(k);
+  d.room = take(k < room ? room : k);
+  d.end = take(0);
+  return d;
+}
+
+// y → u; energy[c], c < k, falling with c, becomes ‖Yᵀu_c‖². Leaves R and the Householder vectors in y.
+template <class T>
+__device__ void find_directions(const T& team, const Directions& d, float* memory, float* energy, Dtype stored) {
+  constexpr int kLanes = T::kGroup * T::kGroups;
+  float *const y = memory + d.y, *const core = memory + d.core, *const u = memory + d.u, *const kept = memory + d.kept;
+  float *const tau = memory + d.tau, *const diagonal = memory + d.diagonal, *const norms = memory + d.norms;
+  int* const order = reinterpret_cast<int*>(memory + d.order);
+  householder(team, y, d.rows, d.k, d.y_stride, tau, diagonal);
+  for (int index = team.lane; index < d.k * d.k; index += kLanes) {
+    const int c = index / d.k, i = index % d.k, column = d.tall() ? c : i, row = d.tall() ? i : c;  // R[row, column]
+    core[slot_of(d.k, c) * d.core_stride + i] = row < column    ? y[column * d.y_stride + row]
+                                                : row == column ? diagonal[row]
+                                                                : 0.0f;
+  }
+  team.sync();
+  jacobi(team, core, d.k, d.core_stride, norms);
+  sort(team, d.k, norms, order);
+  for (int c = team.lane; c < d.k; c += kLanes) {
+    const float norm = norms[order[c]], first = norms[order[0]];
+    kept[c] = norm > kDeficient * kDeficient * first && norm > kTiny ? 1.0f : 0.0f;
+  }
+  team.sync();
+  // The columns' own norms carry what all rotations rounded; so Yᵀu with u along a column, from R. A negligible column has
+  // no direction of its own; its norm will do.
+  for (int c = team.group; c < d.k; c += T::kGroups) {
+    const float* const column = core + order[c] * d.core_stride;
+    float square = 0;
+    for (int i = team.in_group; i < d.k; i += T::kGroup) {
+      float along = diagonal[i] * column[i];
+      if (d.tall()) {
+        for (int j = 0; j < i; ++j) along = fmaf(y[i * d.y_stride + j], column[j], along);  // (Rᵀu)_i
+      } else {
+        for (int j = i + 1; j < d.k; ++j) along = fmaf(y[j * d.y_stride + i], column[j], along);  // (Ru)_i
+      }
+      square = fmaf(along, along, square);
+    }
+    square = team.group_sum(square);
+    const float norm = norms[order[c]];
+    if (team.in_group == 0) energy[c] = kept[c] > 0 ? square / norm : norm;
+  }
+  const int live = d.p < d.k ? d.p : d.k;
+  for (int c = 0; c < live; ++c) {
+    float* const vector = u + c * d.u_stride;
+    const float* const column = core + order[c] * d.core_stride;
+    if (kept[c] > 0) {
+      const float inverse = exact_rsqrt(norms[order[c]]);
+      for (int i = team.lane; i < d.k; i += kLanes) vector[i] = column[i] * inverse;
+      team.sync();
+      subtract(team, u, d.u_stride, d.k, c, vector, memory + d.room);
+    } else {
+      complete(team, u, d.u_stride, d.k, c, memory + d.room);
+    }
+  }
+  for (int index = team.lane; index < d.p * d.r; index += kLanes) {
+    const int c = index / d.r, i = index % d.r;
+    if (c >= live || i >= d.k) u[c * d.u_stride + i] = c >= live && i == c ? 1.0f : 0.0f;
+  }
+  team.sync();
+  for (int c = team.group; c < d.p; c += T::kGroups) {
+    finish_column(team, y, d.r, d.tall() ? d.k : 0, d.y_stride, tau, u + c * d.u_stride, stored);
+  }
+  team.sync();
+}
+
+}  // namespace rmm

@@ -1,0 +1,107 @@
+// Scalar pieces of a decomposition: scaling by powers of two, the rotation of two columns, what counts as zero. As
+// csrc/cpu/jacobi.h.
+#pragma once
+
+#include <stdint.h>
+
+namespace rmm {
+
+constexpr float kTiny = 1e-30f;      // squares below this count as zero
+constexpr float kDeficient = 1e-6f;  // σ below this fraction of the largest counts as zero
+constexpr float kEpsilon = 1.1920929e-7f;
+constexpr int kMaxSweeps = 15;
+
+// Largest |value| of a matrix as its bits: NaN and Inf come out above every number.
+__device__ __forceinline__ uint32_t magnitude_bits(float value) { return __float_as_uint(value) & 0x7fffffffu; }
+__device__ __forceinline__ bool is_finite(uint32_t bits) { return bits < 0x7f800000u; }
+
+// Exact powers of two that bring a matrix's largest entry into [2, 4) and back; in two factors, each representable.
+struct Scale {
+  float up1, up2, down1, down2;
+};
+
+__device__ __forceinline__ Scale scale_of(uint32_t largest) {
+  Scale scale;
+  const bool low = (largest >> 23) < 63;  // 127 − 64
+  scale.up1 = low ? __uint_as_float(191u << 23) : 1.0f;
+  scale.down1 = low ? __uint_as_float(63u << 23) : 1.0f;
+  const int exponent = static_cast<int>(__float_as_uint(__uint_as_float(largest) * scale.up1) >> 23) - 128;
+  const int power = largest > 0 ? exponent : 0;
+  scale.up2 = __int_as_float((127 - power) << 23);
+  scale.down2 = __int_as_float((127 + power) << 23);
+  return scale;
+}
+
+// 1/√x to 2^-22 for x of normal size: one instruction.
+__device__ __forceinline__ float quick_rsqrt(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1/√x to an ulp or so.
+__device__ __forceinline__ float exact_rsqrt(float x) {
+  const float y = quick_rsqrt(x);
+  const float residual = fmaf(-(0.5f * x) * y, y, 0.5f);
+  return fmaf(y, residual, y);
+}
+
+// Whether columns p and q of squared norms pp and qq and dot product pq are to be rotated: not orthogonal, or p the shorter
+// one. Not where both are negligible.
+__device__ __forceinline__ bool needs_turn(float pp, float qq, float pq, float floor) {
+  constexpr float kTolerance = 3.4f * kEpsilon;
+  const float gap = pp - qq, radius2 = fmaf(gap, gap, 4.0f * pq * pq);
+  const bool slanted = pq * pq > (kTolerance * pp) * (kTolerance * qq) && pp * qq > floor;
+  return (slanted || qq > pp) && radius2 > kTiny;
+}
+
+// Below this product of squared norms, of a matrix with the sum of squares `total`, two columns are both negligible.
+__device__ __forceinline__ float negligible(float total) {
+  constexpr float kShare = 0.7f * kEpsilon;
+  const float square = total * (kShare * kShare);
+  return square * square;
+}
+
+// The rotation that makes p and q orthogonal and p the longer one; updates pp and qq. The angle need only be good (it is found
+// again next sweep), but cosine² + sine² = 1 must hold to rounding, or columns drift in length.
+__device__ __forceinline__ void find_turn(float& pp, float& qq, float pq, float& cosine, float& sine) {
+  const float gap = pp - qq, radius2 = fmaf(gap, gap, 4.0f * pq * pq);
+  const float inverse = quick_rsqrt(radius2);
+  const float z = fmaf(0.5f * fabsf(gap), inverse, 0.5f);  // cos² of the smaller angle
+  const float slope = pq * inverse;                        // its cos · sin
+  const float root = quick_rsqrt(fmaf(z, z, slope * slope));
+  float large = z * root, small = slope * root;
+  const float excess = 0.5f * fmaf(small, small, fmaf(large, large, -1.0f));
+  large = fmaf(-excess, large, large);
+  small = fmaf(-excess, small, small);
+  const float shift = pq * small * root;  // how far the squared norms move apart
+  const bool swap = qq > pp;
+  const float longer = (swap ? qq : pp) + shift, shorter = (swap ? pp : qq) - shift;
+  pp = longer;
+  qq = fmaxf(shorter, 0.0f);
+  cosine = swap ? fabsf(small) : large;
+  sine = swap ? copysignf(large, pq) : small;
+}
+
+// Odd-even order: `columns` columns in a row, in each of `columns` rounds neighbours meet and trade places, so that in the end
+// all have met; pairs of a round share no column. Columns move like beads on a ring of twice that length, and a column's slot
+// is half its place there at first, so that the columns of one side of a round's pairs are in neighbouring slots. With the
+// longer column always kept on the side that meets first (`left`), one to two sweeps less are needed than in a tournament.
+struct Slots {
+  int left, right;
+};
+__host__ __device__ constexpr Slots meeting(int columns, int round, int pair) {
+  const int ring = 2 * columns, place = (round & 1) + 2 * pair;
+  return {((place - round + ring) % ring) / 2, ((2 * columns - 2 - place - round + ring) % ring) / 2};
+}
+__host__ __device__ constexpr int meetings(int columns, int round) { return (columns - (round & 1)) / 2; }
+
+// The column that starts in a slot, and the slot it starts in.
+__host__ __device__ constexpr int column_of(int columns, int slot) {
+  return 2 * slot < columns ? 2 * slot : 2 * columns - 1 - 2 * slot;
+}
+__host__ __device__ constexpr int slot_of(int columns, int column) {
+  return (column & 1 ? 2 * columns - 1 - column : column) / 2;
+}
+
+}  // namespace rmm

@@ -1,0 +1,128 @@
+// Between [count, S, r] tensors and shared memory: a run of neighbouring positions, 16 bytes a thread in either memory layout.
+#pragma once
+
+#include "../common/view.h"
+#include "elements.cuh"
+
+namespace rmm {
+
+// How a [count, S, r] tensor is gone through: along the axis that is innermost in memory, 16 bytes at a time if all is aligned.
+struct Plane {
+  View view;
+  bool positions_inside;
+  bool aligned;
+};
+
+inline Plane plane_of(const View& view) {
+  const bool positions_inside = view.stride[1] < view.stride[2];
+  const int inner = positions_inside ? 1 : 2, outer = 3 - inner;
+  const int64_t width = 16 / element_size(view.dtype);
+  const bool aligned = view.stride[inner] == 1 && view.stride[outer] % width == 0 && view.stride[0] % width == 0 &&
+                       reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+  return {view, positions_inside, aligned};
+}
+
+// a / b for small non-negative numbers (below 2^22), by `inverse` = 1 / b.
+__device__ __forceinline__ int quotient(int a, float inverse) {
+  return __float2int_rz((static_cast<float>(a) + 0.5f) * inverse);
+}
+
+// put(i, position, j, values, count): `count` neighbours along the inner axis, each element of tensor rows i < rows, positions
+// first … first + positions − 1 once, shared out among `threads` threads.
+template <class T, class Put>
+__device__ __forceinline__ void each_loaded(const Plane& plane, int rows, int64_t first, int positions, int thread, int threads,
+                                            const Put& put) {
+  constexpr int kWidth = kVector<T>;
+  const View& view = plane.view;
+  const int r = static_cast<int>(view.size[2]);
+  const int inner_axis = plane.positions_inside ? 1 : 2;
+  const int inner_size = plane.positions_inside ? positions : r, outer_size = plane.positions_inside ? r : positions;
+  const int width = plane.aligned ? kWidth : 1;
+  const int chunks = (inner_size + width - 1) / width;
+  const int64_t inner_step = view.stride[inner_axis], outer_step = view.stride[3 - inner_axis];
+  const float per_chunk = 1.0f / static_cast<float>(chunks), per_row = 1.0f / static_cast<float>(outer_size);
+  for (int index = thread; index < rows * outer_size * chunks; index += threads) {
+    const int line = quotient(index, per_chunk), inner = (index - line * chunks) * width;
+    const int i = quotient(line, per_row), outer = line - i * outer_size;
+    const int position = plane.positions_inside ? inner : outer, j = plane.positions_inside ? outer : inner;
+    const T* const from = reinterpret_cast<const T*>(view.data) + i * view.stride[0] + first * view.stride[1] +
+                          outer * outer_step + inner * inner_step;
+    float values[kWidth];
+    const int left = inner_size - inner < width ? inner_size - inner : width;
+    if (width == kWidth && left == kWidth) {
+      load_vector(from, values);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) values[e] = e < left ? Storage<T>::widen(from[e * inner_step]) : 0.0f;
+    }
+    put(i, position, j, values, left);
+  }
+}
+
+// The same towards memory: get(i, position, j) is one value.
+template <class T, class Get>
+__device__ __forceinline__ void each_stored(const Plane& plane, int rows, int64_t first, int positions, int thread, int threads,
+                                            const Get& get) {
+  constexpr int kWidth = kVector<T>;
+  const View& view = plane.view;
+  const int r = static_cast<int>(view.size[2]);
+  const int inner_axis = plane.positions_inside ? 1 : 2;
+  const int inner_size = plane.positions_inside ? positions : r, outer_size = plane.positions_inside ? r : positions;
+  const int width = plane.aligned ? kWidth : 1;
+  const int chunks = (inner_size + width - 1) / width;
+  const int64_t inner_step = view.stride[inner_axis], outer_step = view.stride[3 - inner_axis];
+  const float per_chunk = 1.0f / static_cast<float>(chunks), per_row = 1.0f / static_cast<float>(outer_size);
+  for (int index = thread; index < rows * outer_size * chunks; index += threads) {
+    const int line = quotient(index, per_chunk), inner = (index - line * chunks) * width;
+    const int i = quotient(line, per_row), outer = line - i * outer_size;
+    T* const to =
+        reinterpret_cast<T*>(view.data) + i * view.stride[0] + first * view.stride[1] + outer * outer_step + inner * inner_step;
+    const int left = inner_size - inner < width ? inner_size - inner : width;
+    float values[kWidth];
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      if (e < left) {
+        values[e] = plane.positions_inside ? get(i, inner + e, outer) : get(i, outer, inner + e);
+      }
+    }
+    if (width == kWidth && left == kWidth) {
+      store_vector(to, values);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) {
+        if (e < left) to[e * inner_step] = Storage<T>::narrow(values[e]);
+      }
+    }
+  }
+}
+
+// One body for every storage dtype: body(T()).
+template <class Body>
+__device__ __forceinline__ void with_dtype(Dtype dtype, const Body& body) {
+  if (dtype == Dtype::f32) {
+    body(float());
+  } else if (dtype == Dtype::bf16) {
+    body(__nv_bfloat16());
+  } else {
+    body(__half());
+  }
+}
+
+__device__ __forceinline__ void store_as(Dtype dtype, char* to, int64_t index, float value) {
+  if (dtype == Dtype::f32) {
+    reinterpret_cast<float*>(to)[index] = value;
+  } else if (dtype == Dtype::bf16) {
+    reinterpret_cast<__nv_bfloat16*>(to)[index] = __float2bfloat16_rn(value);
+  } else {
+    reinterpret_cast<__half*>(to)[index] = __float2half_rn(value);
+  }
+}
+
+// What storing a value leaves of it.
+__device__ __forceinline__ float as_stored(Dtype dtype, float value) {
+  if (dtype == Dtype::f16) return __half2float(__float2half_rn(value));
+  if (dtype == Dtype::bf16) return __bfloat162float(__float2bfloat16_rn(value));
+  return value;
+}
+
+}  // namespace rmm
