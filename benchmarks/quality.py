@@ -32,6 +32,7 @@ from torch import Tensor
 import rmm_kernels
 from rmm_kernels.adapters import LoraFactors, load_adapter, save_adapter
 from rmm_kernels.compare import quantise, truncate
+from rmm_kernels.methods import Settings, lore_adapters
 
 from .accuracy import Evaluation
 
@@ -114,9 +115,20 @@ def ways(paths: list[Path]) -> Iterator[Way]:
             f"RMM p = {components}", "RMM", merged.ratio, lambda task, m=merged, names=names: dense(m.restore(names[task]))
         )
     yield from baselines(tasks, all_values)
+    for prox in ("fixed", "squared"):
+        yield Way(
+            f"LoRE, {prox} prox",
+            "LoRE",
+            1.0,
+            _same_for_all(
+                lambda p=prox: dense(lore_adapters(paths, Settings(prox=p), names=[path.parent.name for path in paths]).factors)
+            ),
+        )
     for components in (1, 2, 3):
         if components < n:
             kept = int(rank * (components * (rank + n) + rank) / (rank * n))
+            if kept >= rank:
+                continue
             yield Way(f"truncated to rank {kept}", "truncated", kept / rank, lambda task, k=kept: dense(cut(tasks[task], k)))
     for bits in (8, 4):
         size = sum(
@@ -339,18 +351,16 @@ def picture(result: dict[str, Any], path: Path) -> None:
             axis.axvline(1, color="grey", linewidth=0.5)
             axis.set(xlabel="bytes against all adapters in fp16", ylabel=label, title=kind)
         line[0].legend(fontsize=8)
-    first = result.get("first_experiments")
-    if first:
-        rank, tasks = first["rank"], range(2, 65)
-        left, right = axes[-1]
-        for p in (1, 2, 3, 4, 7):
-            counts = [n for n in tasks if p <= min(rank, n - 1)]
-            left.plot(counts, [(p * (rank + n) + rank) / (rank * n) for n in counts], label=f"p = {p}")
-        left.axhline(1, color="grey", linewidth=0.5)
-        left.set(xlabel="tasks", ylabel="storage against the adapters", ylim=(0, 2), title=f"storage, rank {rank}")
-        left.legend(fontsize=8)
-        right.plot(tasks, [rank * (n - 1) / (rank + n) for n in tasks], color="black")
-        right.set(xlabel="tasks", ylabel="p", title="break-even p: above it, merging costs more than it saves")
+    rank, tasks = 16, range(2, 65)
+    left, right = axes[-1]
+    for p in (1, 2, 3, 4, 7):
+        counts = [n for n in tasks if p <= min(rank, n - 1)]
+        left.plot(counts, [(p * (rank + n) + rank) / (rank * n) for n in counts], label=f"p = {p}")
+    left.axhline(1, color="grey", linewidth=0.5)
+    left.set(xlabel="tasks", ylabel="storage against the adapters", ylim=(0, 2), title=f"storage, rank {rank}")
+    left.legend(fontsize=8)
+    right.plot(tasks, [rank * (n - 1) / (rank + n) for n in tasks], color="black")
+    right.set(xlabel="tasks", ylabel="p", title="break-even p: above it, merging costs more than it saves")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -115,6 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(command)
     command.set_defaults(run=_extract)
 
+    command = commands.add_parser("lore", help="merge LoRA adapters, or checkpoints, into one (LoRE-Merging)")
+    command.add_argument("models", nargs="+", metavar="MODEL", help="all PEFT directories, or all safetensors checkpoints")
+    command.add_argument("-o", "--output", required=True, metavar="DIR", help="where to write; must not exist, or be empty")
+    command.add_argument("--mu", type=float, default=0.01, help="weight of the nuclear norm; default 0.01")
+    command.add_argument("--prox", choices=("fixed", "squared"), default="fixed", help="of the norm, or of its square")
+    command.add_argument("--iterations", type=int, default=20, metavar="N", help="at most; default 20")
+    command.add_argument("--scale", type=float, default=1.0, metavar="λ", help="of the low-rank parts; default 1")
+    command.add_argument("--finish", choices=("average", "ties"), default="average", help="how low-rank parts are merged")
+    command.add_argument("-r", "--rank", type=int, metavar="R", help="of a merged adapter, at most")
+    _add_json(command)
+    command.set_defaults(run=_lore)
+
     command = commands.add_parser("backends", help="show which implementation serves each op")
     _add_json(command)
     command.set_defaults(run=_backends)
@@ -211,6 +223,30 @@ def _extract(options: argparse.Namespace) -> int:
     print("error: relative Frobenius error of ΔW")
     if found.lost:
         print(f"changed, but not in the adapter: {', '.join(found.lost)}")
+    return 0
+
+
+def _lore(options: argparse.Namespace) -> int:
+    from .checkpoints import is_checkpoint
+    from .methods import Settings, lore_adapters, lore_checkpoints
+
+    check_target(options.output)
+    settings = Settings(options.mu, options.prox, options.iterations, options.scale, options.finish)
+    if any(is_checkpoint(path) for path in options.models):
+        if options.rank is not None:
+            raise ValueError("--rank is for adapters; a merged checkpoint is dense")
+        objective = lore_checkpoints(options.models, options.output, settings)
+    else:
+        merged = lore_adapters(options.models, settings, rank=options.rank)
+        merged.save(options.output)
+        objective = merged.objective
+    if options.json:
+        _print_json({"objective": objective})
+    else:
+        table = _table("iteration", "objective")
+        for iteration, value in enumerate(objective, 1):
+            table.add_row(str(iteration), f"{value:.6g}")
+        _print(table)
     return 0
 
 

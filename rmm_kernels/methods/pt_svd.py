@@ -152,7 +152,7 @@ def extract(
                 lost[f"{name}.weight"] = float(delta.norm())
     if not found:
         raise CheckpointError(f"{finetuned} and {base} do not differ in any linear layer that was asked for")
-    config = _config({name: found[name].rank for name in sorted(found)}, base_model or str(base))
+    config = lora_config({name: found[name].rank for name in sorted(found)}, base_model or str(base))
     return Extracted({name: found[name] for name in sorted(found)}, config, lost, stored)
 
 
@@ -284,8 +284,11 @@ def _rank_of_energy(values: Tensor, energy: float) -> int:
     return int(reached.int().argmax()) + 1 if bool(reached.any()) else len(values)
 
 
-def _config(ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:
-    """scaling is 1: lora_alpha is the rank, for each module. Patterns match ends of paths, so that longer paths go first."""
+def lora_config(ranks: Mapping[str, int], base_model: str | None) -> dict[str, Any]:
+    """adapter_config.json of modules with these ranks. scaling is 1: lora_alpha is the rank, for each module.
+
+    Patterns match ends of paths, so that longer paths go first.
+    """
     most = max(ranks.values())
     other = {re.escape(name): ranks[name] for name in sorted(ranks, key=len, reverse=True) if ranks[name] != most}
     exact = {**other, **{re.escape(name): most for name in ranks if ranks[name] == most}} if other else {}
