@@ -20,9 +20,13 @@ pytest.importorskip("triton")
 import triton.backends.nvidia
 import triton_runs
 from ops import one_thread  # noqa: F401
-from triton_cases import CASES, Case
+from triton_cases import CASES as COMPRESSION
+from triton_cases import Case
+from triton_lora_cases import CASES as FORWARD
 
 from rmm_kernels.triton_ops._launch import Launch
+
+CASES = [*COMPRESSION, *FORWARD]
 
 # Bytes of shared memory that one program may have.
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
@@ -34,7 +38,8 @@ TENSOR_CORE = {
     "sm_120": r"\bmma\.sync",
     "gfx942": r"\bv_mfma_",
 }
-WIDE_LOAD = {"gfx942": r"\b(?:global|buffer)_load_dwordx4"}
+# A small tile over a wavefront of 64 is 64 bits a lane.
+WIDE_LOAD = {"gfx942": r"\b(?:global|buffer)_load_dwordx[24]"}
 WIDE_LOAD_PTX = r"\bld\.global\S*\.v(?:4\.b32|2\.b64|8\.b16)|\bcp\.async\.c[ag]\.shared\.global .*, 0x10"
 ASYNCHRONOUS = r"\bcp\.async\.c[ag]\.shared|\bcp\.async\.bulk"
 
@@ -44,10 +49,10 @@ TRAFFIC = 1.1
 
 
 @cache
-def launches(case: Case) -> tuple[Launch, ...]:
-    """What a case launches; nothing runs."""
+def launches(case: Case, target: str) -> tuple[Launch, ...]:
+    """What a case launches on `target`; nothing runs."""
     collected: list[Launch] = []
-    with triton_runs.running(collected.append):
+    with triton_runs.running(collected.append), triton_runs.configured_for(target):
         case.call()
     assert collected, f"{case.name} launches nothing"
     return tuple(collected)
@@ -74,7 +79,7 @@ def resources(kernel: Any) -> dict[str, int]:
 def facts(case: Case, target: str) -> list[dict[str, Any]]:
     """One row for each kernel that the case launches."""
     rows = []
-    for what in launches(case):
+    for what in launches(case, target):
         kernel = triton_runs.compiled(what, target)
         text = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
         code = re.sub(r"//.*|\s;.*", "", text) if "ptx" in kernel.asm else text

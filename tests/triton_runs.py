@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from rmm_kernels.triton_ops import _launch
+from rmm_kernels.triton_ops import _launch, lora
 from rmm_kernels.triton_ops._launch import Launch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -43,6 +43,16 @@ def running(run: Callable[[Launch], None]) -> Iterator[None]:
         yield
     finally:
         _launch.run = before
+
+
+@contextmanager
+def configured_for(target: str) -> Iterator[None]:
+    """The launchers of the forward choose their parameters for one of TARGETS."""
+    before, lora.arch = lora.arch, lambda device: target
+    try:
+        yield
+    finally:
+        lora.arch = before
 
 
 # ---------------------------------------------------------------- the interpreter

@@ -15,7 +15,7 @@ from ._launch import launch, require, require_floats, vector_width
 
 _COLUMNS = 64  # of a block
 _ROWS = 32  # of a step
-_TILE = 2048  # values of a step
+_TILE = 1024  # values of a step
 
 
 def gram(x: Tensor, center: bool = False) -> Tensor:

@@ -73,7 +73,8 @@ def expand_kernel(
     inside = d < width
     taken = active[:, None] & inside[None, :]
     at = y + t[:, None] * y_t + d[None, :] * y_d
-    before = tl.load(at, mask=taken, other=0).to(tl.float32)
+    if not ADAPTIVE:  # early, as there are few programs to hide its latency
+        before = tl.load(at, mask=taken, other=0)
     delta = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for part in tl.static_range((R + BLOCK_R - 1) // BLOCK_R):
         r = part * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
@@ -113,7 +114,9 @@ def expand_kernel(
             sums *= down[:, None]
         delta += sums
     scale = tl.load(scaling + task * scaling_n, mask=active, other=0)
-    tl.store(at, (before + scale[:, None] * delta).to(y.dtype.element_ty), mask=taken)
+    if ADAPTIVE:
+        before = tl.load(at, mask=taken, other=0)
+    tl.store(at, (before.to(tl.float32) + scale[:, None] * delta).to(y.dtype.element_ty), mask=taken)
 
 
 def lora_expand_(
