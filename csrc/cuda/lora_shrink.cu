@@ -192,7 +192,7 @@ __device__ __forceinline__ void shrink_tile(const ShrinkArgs& args, const Tile& 
 
 // Grid: tiles of tokens, slices, tiles of ranks.
 template <class T, int MT, bool Many>
-__global__ void __launch_bounds__(kShrinkWarps<MT>* kWarp) lora_shrink_kernel(const __grid_constant__ ShrinkArgs args) {
+__global__ void __launch_bounds__(kShrinkWarps<MT>* kWarp, 2) lora_shrink_kernel(const __grid_constant__ ShrinkArgs args) {
   extern __shared__ uint4 rings[];
   const int rank = blockIdx.z * 16 * MT;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * args.tile;
