@@ -221,3 +221,27 @@ class _Memory:
 
     def __init__(self, low: int, size: int, origin: int) -> None:
         self.extent = (low, low, size, origin)
+
+
+@contextmanager
+def planted(file: str, source: str, old: str, new: str) -> Iterator[None]:
+    """Inside, `file`'s kernels run as they would with `old`, which stands once in `source` (it or a header), become `new`."""
+    simulated = load()
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / "csrc"
+        shutil.copytree(SOURCES.parent, copy, ignore=shutil.ignore_patterns("cpu"))
+        path = copy / "cuda" / source
+        text = path.read_text()
+        if text.count(old) != 1:
+            raise ValueError(f"{source} holds what is to be replaced {text.count(old)} times: {old!r}")
+        path.write_text(text.replace(old, new))
+        out = Path(temporary) / "planted.ptx"
+        include = ["-isystem", str(Path(torch.__file__).parent / "include")]
+        _nvcc(*FLAGS[:2], "-arch=sm_80", *FLAGS[3:], *include, "-ptx", str(copy / "cuda" / file), "-o", str(out))
+        module = ptxsim.Module(out.read_text())
+    before = dict(simulated.kernels)
+    simulated.kernels |= dict.fromkeys(module.kernels, module)
+    try:
+        yield
+    finally:
+        simulated.kernels = before

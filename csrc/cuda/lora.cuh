@@ -44,6 +44,8 @@ struct Slices {
 // Writes u as slices into memory of its own, which is returned; rows of tokens without a task are undefined.
 Tensor run_shrink(Queue& queue, const Tensor& like, const View& x, const View& basis_a, const View& coeff_a, const Ids& ids,
                   Slices& u);
+// The slices that run_shrink wrote become one, whose memory is returned; rows of tokens without a task are 0.
+Tensor run_sum(Queue& queue, const Tensor& like, const Ids& ids, int64_t tasks, Slices& u);
 void run_expand(const Queue& queue, const View& y, const Slices& u, const View& basis_b, const View& coeff_b, const Ids& ids,
                 const View& scaling);
 

@@ -143,11 +143,11 @@ __device__ __forceinline__ void load_basis(const uint4* room, bool rank_inner, u
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       if constexpr (sizeof(T) == 4) {
-        const uint4 v = room[h * kWarp + lane];
+        const uint4 v = load_pack(room + h * kWarp + lane);
 #pragma unroll
         for (int q = 0; q < E; ++q) a[q / 2][q % 2 + 2 * h] = word(v, q);
       } else {
-        const uint4 v = room[2 * h * kWarp + lane], w = room[(2 * h + 1) * kWarp + lane];
+        const uint4 v = load_pack(room + 2 * h * kWarp + lane), w = load_pack(room + (2 * h + 1) * kWarp + lane);
 #pragma unroll
         for (int m = 0; m < E / 2; ++m) {
           a[m][2 * h] = __byte_perm(word(v, m), word(w, m), 0x5410);
@@ -285,7 +285,7 @@ __device__ __forceinline__ void expand_tile(const ExpandArgs& args, const Tile& 
     load_basis<T>(room, args.rank_inner, a);
     if constexpr (OneTask) {
       uint4 c{};
-      if (at.k > 0) c = tokens[0];
+      if (at.k > 0) c = load_pack(tokens);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         const float2 w = values<T>(c, m);
@@ -301,7 +301,7 @@ __device__ __forceinline__ void expand_tile(const ExpandArgs& args, const Tile& 
     }
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-      const uint4 b = u_room[(j * kExpandBlock + in_block) * kWarp];
+      const uint4 b = load_pack(u_room + (j * kExpandBlock + in_block) * kWarp);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         float (&sum)[4] = OneTask ? delta[j][m] : sums[j][m];
@@ -316,7 +316,7 @@ __device__ __forceinline__ void expand_tile(const ExpandArgs& args, const Tile& 
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           uint4 c{};
-          if (at.k > 0) c = tokens[(2 * j + h) * kWarp];
+          if (at.k > 0) c = load_pack(tokens + (2 * j + h) * kWarp);
 #pragma unroll
           for (int m = 0; m < kTiles; ++m) {
             const float2 w = at.k > 0 ? values<T>(c, m) : float2{1, 1};
@@ -338,7 +338,7 @@ __device__ __forceinline__ void expand_tile(const ExpandArgs& args, const Tile& 
       const float up = __shfl_sync(kAllLanes, range[j], 4 * (2 * t + h));
       if (task[j][h] < 0 || count == 0) continue;
       const float scaling = args.scaling[task[j][h] * args.scaling_stride];
-      const uint4 before = y[(2 * j + h) * kWarp];
+      const uint4 before = load_pack(y + (2 * j + h) * kWarp);
       float after[E];
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
@@ -348,7 +348,7 @@ __device__ __forceinline__ void expand_tile(const ExpandArgs& args, const Tile& 
       }
       const uint4 both = packed<T>(after);
       if (args.y.packs && count == E) {
-        *reinterpret_cast<uint4*>(row<T>(args.y, token + 8 * j + 2 * t + h) + mine) = both;
+        store_pack(row<T>(args.y, token + 8 * j + 2 * t + h) + mine, both);
       } else {
         y[(2 * j + h) * kWarp] = both;
         T* const to = row<T>(args.y, token + 8 * j + 2 * t + h) + mine * args.y.stride[2];

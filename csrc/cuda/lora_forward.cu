@@ -1,9 +1,13 @@
-// lora_forward_ and its functional form: shrink and expand in one op. u stays in slices, which expand adds up itself.
+// lora_forward_ and its functional form: shrink and expand in one op. u stays in slices, which expand adds up itself, for every
+// tile of positions anew; where they are so many that this would cost more than a launch, they are added up first, in the same
+// order.
 
 #include "lora.cuh"
 #include "reference.h"
 
 namespace rmm {
+
+constexpr int64_t kSlicedRanks = 256;  // slices times ranks
 
 void lora_forward_in_place_op(Tensor y, Tensor x, Tensor basis_a, Tensor coeff_a, Tensor basis_b, Tensor coeff_b,
                               Tensor task_ids, Tensor scaling) {
@@ -22,6 +26,8 @@ void lora_forward_in_place_op(Tensor y, Tensor x, Tensor basis_a, Tensor coeff_a
   Queue queue{y, x, basis_a, coeff_a, basis_b, coeff_b, task_ids, scaling};
   Slices u;
   const Tensor sums = run_shrink(queue, x, in, a, ca, tasks, u);
+  Tensor u_memory = sums;
+  if (u.count * u.token > kSlicedRanks) u_memory = run_sum(queue, x, tasks, ca.size[0], u);
   run_expand(queue, out, u, b, cb, tasks, scales);
 }
 

@@ -134,16 +134,16 @@ __device__ __forceinline__ void shrink_tile(const ShrinkArgs& args, const Tile& 
 
     if (step.k == 0) {
 #pragma unroll
-      for (int j = 0; j < NT; ++j) x[j] = tokens[j * kWarp];
+      for (int j = 0; j < NT; ++j) x[j] = load_pack(tokens + j * kWarp);
     }
     if constexpr (OneTask) {
       uint4 c{};
-      if (step.k > 0) c = tokens[0];
+      if (step.k > 0) c = load_pack(tokens);
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         if (rank + 16 * m >= args.ranks) break;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) add_scaled<T>(factor[m][h], room[(2 * m + h) * kWarp], c, step.k == 0);
+        for (int h = 0; h < 2; ++h) add_scaled<T>(factor[m][h], load_pack(room + (2 * m + h) * kWarp), c, step.k == 0);
         if (step.k < args.components) continue;
         const uint4 a0 = packed<T>(factor[m][0]), a8 = packed<T>(factor[m][1]);
 #pragma unroll
@@ -152,11 +152,11 @@ __device__ __forceinline__ void shrink_tile(const ShrinkArgs& args, const Tile& 
     } else {
       uint4 z[NT];
 #pragma unroll
-      for (int j = 0; j < NT; ++j) z[j] = step.k == 0 ? x[j] : times<T>(x[j], tokens[j * kWarp]);
+      for (int j = 0; j < NT; ++j) z[j] = step.k == 0 ? x[j] : times<T>(x[j], load_pack(tokens + j * kWarp));
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         if (rank + 16 * m >= args.ranks) break;
-        const uint4 a0 = room[2 * m * kWarp], a8 = room[(2 * m + 1) * kWarp];
+        const uint4 a0 = load_pack(room + 2 * m * kWarp), a8 = load_pack(room + (2 * m + 1) * kWarp);
 #pragma unroll
         for (int j = 0; j < NT; ++j) add_product<T>(sums[m][j], a0, a8, z[j]);
       }
@@ -192,7 +192,7 @@ __device__ __forceinline__ void shrink_tile(const ShrinkArgs& args, const Tile& 
 
 // Grid: tiles of tokens, slices, tiles of ranks.
 template <class T, int MT, bool Many>
-__global__ void __launch_bounds__(kShrinkWarps<MT>* kWarp) lora_shrink_kernel(const __grid_constant__ ShrinkArgs args) {
+__global__ void __launch_bounds__(kShrinkWarps<MT>* kWarp, 2) lora_shrink_kernel(const __grid_constant__ ShrinkArgs args) {
   extern __shared__ uint4 rings[];
   const int rank = blockIdx.z * 16 * MT;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * args.tile;
@@ -279,20 +279,25 @@ Tensor run_shrink(Queue& queue, const Tensor& like, const View& x, const View& b
   return sums;
 }
 
+Tensor run_sum(Queue& queue, const Tensor& like, const Ids& ids, int64_t tasks, Slices& u) {
+  const int64_t ranks = u.token, size = ids.size * ranks;
+  const Tensor result = torch::stable::new_empty(like, {ids.size, ranks}, ScalarType::Float);
+  queue.touches(result);
+  float* const to = static_cast<float*>(result.data_ptr());
+  queue.launch({blocks(size, 256), 256}, lora_sum_kernel, u.data, u.count, ids, tasks, static_cast<int>(ranks), to);
+  u = {to, 1, 0, ranks, 1, u.packs};
+  return result;
+}
+
 Tensor lora_shrink_op(Tensor x, Tensor basis_a, Tensor coeff_a, Tensor task_ids) {
   const View in = view(x, 2, "x"), basis = view(basis_a, 3, "basis_a"), coeff = view(coeff_a, 3, "coeff_a");
   const Ids tasks = ids(task_ids);
   check_shrink(in, basis, coeff, tasks);
   if (in.dtype == Dtype::f64) return tensor_of(call_reference<1>("lora_shrink", x, basis_a, coeff_a, task_ids)[0]);
   Queue queue{x, basis_a, coeff_a, task_ids};
-  const Tensor u = torch::stable::new_empty(x, {in.size[0], basis.size[1]}, ScalarType::Float);
-  queue.touches(u);
   Slices slices;
   const Tensor sums = run_shrink(queue, x, in, basis, coeff, tasks, slices);
-  const int ranks = static_cast<int>(basis.size[1]);
-  queue.launch({blocks(in.size[0] * ranks, 256), 256}, lora_sum_kernel, slices.data, slices.count, tasks, coeff.size[0], ranks,
-               static_cast<float*>(u.data_ptr()));
-  return u;
+  return run_sum(queue, x, tasks, coeff.size[0], slices);
 }
 
 RMM_CUDA_OP("lora_shrink", lora_shrink_op)

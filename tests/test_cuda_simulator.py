@@ -1,0 +1,94 @@
+"""CUDA kernels in the simulator: every mapping under permuted schedules, and that planted bugs are caught."""
+
+from __future__ import annotations
+
+import pytest
+import simulator
+import torch
+from ops import assert_same_bits, randn
+
+pytestmark = pytest.mark.skipif(not simulator.ops(), reason="nvcc is not on PATH")
+
+# (n, S, r, p) of each mapping of compress: a thread, 8 lanes (tall, wide), a warp, a block.
+COMPRESS = [(8, 70, 16, 4), (9, 40, 12, 12), (8, 9, 64, 4), (20, 19, 16, 4), (20, 3, 32, 25), (34, 2, 40, 5)]
+SVD = [(19, 16, 8, 4), (5, 8, 20, 8), (3, 24, 20, 20), (2, 36, 40, 6)]
+
+
+def cases() -> dict[str, tuple[str, tuple[object, ...]]]:
+    given: dict[str, tuple[str, tuple[object, ...]]] = {}
+    for n, positions, r, p in COMPRESS:
+        x = randn(n, positions, r, seed=n)
+        given[f"compress-{n}x{r}"] = ("compress", (x, p))
+        given[f"compress-{n}x{r}-positions-inside"] = ("compress", (x.mT.contiguous().mT, p))
+    for batch, m, k, rank in SVD:
+        given[f"truncated_svd-{m}x{k}"] = ("truncated_svd", (randn(batch, m, k, seed=m), rank))
+    given["gram"] = ("gram", (randn(9, 20, 12, seed=1), True))
+    basis, coeff = randn(4, 37, 16, seed=2), randn(5, 3, 37, seed=3)
+    given["project"] = ("project", (randn(5, 37, 16, seed=4), basis))
+    given["reconstruct"] = ("reconstruct", (basis, coeff, torch.tensor([4, 0, 2])))
+    return given
+
+
+CASES = cases()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_schedules(name: str) -> None:
+    """Bitwise the same result in whatever order blocks and warps run."""
+    op, given = CASES[name]
+    simulator.load()
+    kernel = getattr(torch.ops.rmm_kernels, op).cuda
+
+    def run(seed: int) -> tuple[torch.Tensor, ...]:
+        with simulator.settings(seed=seed):
+            result = kernel(*given)
+        return (result,) if isinstance(result, torch.Tensor) else result
+
+    expected = run(0)
+    for seed in (1, 2, 3):
+        assert_same_bits(run(seed), expected)
+
+
+BUGS = {
+    "missing barrier between threads of a block": (
+        "gram.cu",
+        "gram.cu",
+        "    __syncthreads();\n    if (args.center)",
+        "    if (args.center)",
+        "gram",
+        "data race|never written",
+    ),
+    "missing barrier between lanes of a warp": (
+        "truncated_svd.cu",
+        "team.cuh",
+        "        }\n      }\n      team.sync();\n    }\n    if (!team.any(swept)) break;",
+        "        }\n      }\n    }\n    if (!team.any(swept)) break;",
+        "truncated_svd-24x20",
+        "data race",
+    ),
+    "tile one position too long": (
+        "project.cu",
+        "project.cu",
+        "left < kPositions ? static_cast<int>(left) : kPositions;",
+        "left < kPositions ? static_cast<int>(left) + 1 : kPositions;",
+        "project",
+        "out of bounds|outside",
+    ),
+    "mask that lets threads past the end through": (
+        "reconstruct.cu",
+        "reconstruct.cu",
+        "if (index >= inner_size * args.out.size[args.outer]) return;",
+        "if (index > inner_size * args.out.size[args.outer]) return;",
+        "reconstruct",
+        "out of bounds|outside",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs(bug: str) -> None:
+    file, source, old, new, name, message = BUGS[bug]
+    op, given = CASES[name]
+    simulator.load()
+    with simulator.planted(file, source, old, new), pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.rmm_kernels, op).cuda(*given)
