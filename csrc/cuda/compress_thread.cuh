@@ -515,15 +515,15 @@ __global__ void __launch_bounds__(32 * kWarps) compress_thread(const __grid_cons
   compress_warp<K>(args, reinterpret_cast<float*>(shared_memory) + warp * floats, first);
 }
 
-// n − 1 columns, in room for the next of 4, 6, 7 and 8.
+// The most columns n − 1: registers do not hold 8.
+constexpr int kThreadColumns = 7;
+
+// n − 1 columns, in room for the next of 4, 6 and 7.
 inline void launch_thread(const Queue& queue, const CompressThread& args) {
   const int ranks = (static_cast<int>(args.x.view.size[2]) + 3) / 4 * 4, k = args.n - 1;
   const Grid grid{blocks(args.x.view.size[1], 32 * kWarps), 32 * kWarps,
                   sizeof(float) * kWarps * 32 * (kRowStride + position_floats(args.n, ranks))};
-  const auto kernel = k <= 4   ? compress_thread<4>
-                      : k <= 6 ? compress_thread<6>
-                      : k == 7 ? compress_thread<7>
-                               : compress_thread<8>;
+  const auto kernel = k <= 4 ? compress_thread<4> : k <= 6 ? compress_thread<6> : compress_thread<7>;
   queue.launch(grid, kernel, args);
 }
 

@@ -35,11 +35,12 @@ __device__ __forceinline__ void each_loaded(const Plane& plane, int rows, int64_
   constexpr int kWidth = kVector<T>;
   const View& view = plane.view;
   const int r = static_cast<int>(view.size[2]);
-  const int inner_axis = plane.positions_inside ? 1 : 2;
   const int inner_size = plane.positions_inside ? positions : r, outer_size = plane.positions_inside ? r : positions;
   const int width = plane.aligned ? kWidth : 1;
   const int chunks = (inner_size + width - 1) / width;
-  const int64_t inner_step = view.stride[inner_axis], outer_step = view.stride[3 - inner_axis];
+  // Not by an index known at run time: that would put the view into local memory.
+  const int64_t inner_step = plane.positions_inside ? view.stride[1] : view.stride[2];
+  const int64_t outer_step = plane.positions_inside ? view.stride[2] : view.stride[1];
   const float per_chunk = 1.0f / static_cast<float>(chunks), per_row = 1.0f / static_cast<float>(outer_size);
   for (int index = thread; index < rows * outer_size * chunks; index += threads) {
     const int line = quotient(index, per_chunk), inner = (index - line * chunks) * width;
@@ -66,11 +67,12 @@ __device__ __forceinline__ void each_stored(const Plane& plane, int rows, int64_
   constexpr int kWidth = kVector<T>;
   const View& view = plane.view;
   const int r = static_cast<int>(view.size[2]);
-  const int inner_axis = plane.positions_inside ? 1 : 2;
   const int inner_size = plane.positions_inside ? positions : r, outer_size = plane.positions_inside ? r : positions;
   const int width = plane.aligned ? kWidth : 1;
   const int chunks = (inner_size + width - 1) / width;
-  const int64_t inner_step = view.stride[inner_axis], outer_step = view.stride[3 - inner_axis];
+  // Not by an index known at run time: that would put the view into local memory.
+  const int64_t inner_step = plane.positions_inside ? view.stride[1] : view.stride[2];
+  const int64_t outer_step = plane.positions_inside ? view.stride[2] : view.stride[1];
   const float per_chunk = 1.0f / static_cast<float>(chunks), per_row = 1.0f / static_cast<float>(outer_size);
   for (int index = thread; index < rows * outer_size * chunks; index += threads) {
     const int line = quotient(index, per_chunk), inner = (index - line * chunks) * width;
