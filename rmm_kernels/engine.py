@@ -406,7 +406,9 @@ class Engine:
         item = reference.accumulator(self.limits.dtype).itemsize
         size = 0
         for part in self._slices.values():
-            spans, chunks = max(1, -(-part.basis_a.shape[2] // 1024)), -(-tokens // 256)
+            wide = part.basis_a.shape[2]
+            span = 1024 if wide > 1024 else max(128, (wide + 255) // 256 * 128)  # csrc/cpu/lora.h
+            spans, chunks = max(1, -(-wide // span)), -(-tokens // 256)
             sums = chunks * 256 * spans if self.limits.device.type == "cpu" else 0
             size = max(size, (tokens + sums) * part.rank * item)
         return size

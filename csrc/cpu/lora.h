@@ -16,7 +16,15 @@ namespace rmm {
 
 // Some of the active tokens (id ≥ 0), which are sorted by task.
 constexpr int64_t kChunk = 256;
-constexpr int64_t kSpan = 1024;  // positions of a unit of work
+constexpr int64_t kSpan = 1024;  // positions of a unit of work, at most
+
+// Positions of a unit of work: narrow layers are halved, so that two threads have something to do. Of the width alone: the
+// sums of a row do not depend on what else is in the batch.
+inline int64_t span_of(int64_t width) {
+  if (width > kSpan) return kSpan;
+  const int64_t half = (width + 255) / 256 * 128;
+  return half < 128 ? 128 : half;
+}
 
 struct Chunk {
   const int64_t* order;  // rows of x and y

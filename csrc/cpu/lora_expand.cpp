@@ -157,13 +157,13 @@ void run_expand(const TokenPlan& plan, const View& y, const View& u, const View&
                 const View& scaling) {
   const ExpandArgs args{y, u, basis_b, coeff_b, scaling};
   const int64_t r = basis_b.size[2], width = y.size[1], chunks = plan.chunks();
-  const int64_t parts = (width + kSpan - 1) / kSpan;
+  const int64_t span = span_of(width), parts = (width + span - 1) / span;
   const auto kernel = RMM_KERNEL(lora_expand);
   const int64_t work = static_cast<int64_t>(plan.order.size()) * r * width;
   torch::stable::parallel_for(0, chunks * parts, work < 32768 ? chunks * parts : 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t from = unit % parts * kSpan;
-      kernel(args, plan.chunk(unit / parts), from, std::min(from + kSpan, width));
+      const int64_t from = unit % parts * span;
+      kernel(args, plan.chunk(unit / parts), from, std::min(from + span, width));
     }
   });
 }

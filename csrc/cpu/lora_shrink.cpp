@@ -227,14 +227,14 @@ void shrink(const TokenPlan& plan, const View& x, const View& basis_a, const Vie
   const int64_t r = basis_a.size[1], width = x.size[1], chunks = plan.chunks();
   // The spans' sums are added in order. How many there are depends on the shapes only, so that results do not depend on the
   // threads.
-  const int64_t parts = std::max<int64_t>(1, (width + kSpan - 1) / kSpan), room = kChunk * r;
+  const int64_t span = span_of(width), parts = std::max<int64_t>(1, (width + span - 1) / span), room = kChunk * r;
   std::vector<T> sums(chunks * parts * room);
   const auto kernel = RMM_KERNEL(lora_shrink);
   const int64_t work = static_cast<int64_t>(plan.order.size()) * r * width;
   torch::stable::parallel_for(0, chunks * parts, work < 32768 ? chunks * parts : 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t from = unit % parts * kSpan;
-      kernel(args, plan.chunk(unit / parts), from, std::min(from + kSpan, width), sums.data() + unit * room);
+      const int64_t from = unit % parts * span;
+      kernel(args, plan.chunk(unit / parts), from, std::min(from + span, width), sums.data() + unit * room);
     }
   });
   for (int64_t i = 0; i < static_cast<int64_t>(plan.order.size()); ++i) {
