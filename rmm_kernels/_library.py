@@ -98,6 +98,7 @@ def register(
         torch.library.register_fake(qualified, fake, lib=_library)
         if backward is not None:
             torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+    _winner[name] = _winners(name)
 
 
 def register_composite(name: str, schema: str, function: Callable[..., Any], *, fake: Callable[..., Any]) -> None:
@@ -123,15 +124,18 @@ def has_kernel(name: str, backend: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}.{backend}", BACKENDS[backend])
 
 
-def has_gpu_kernels() -> bool:
-    """Whether anything but the reference serves CUDA tensors."""
-    return any(has_kernel(name, backend) for name in SCHEMAS for backend in ("cuda", "triton"))
+def _winners(name: str) -> dict[str, str]:
+    """By device, the backend that the default overload of op `name` runs there."""
+    return {device: next(b for b in order if has_kernel(name, b)) for device, order in PREFERENCE.items()}
+
+
+# Of every op, filled by `register`: looked up where a compiler traces, which could not ask the dispatcher.
+_winner: dict[str, dict[str, str]] = {}
 
 
 def runs_on(name: str, value: torch.Tensor) -> str:
     """The backend that the default overload of op `name` runs for tensors on the device of `value`."""
-    order = PREFERENCE.get(value.device.type, ("reference",))
-    return next(backend for backend in order if has_kernel(name, backend))
+    return _winner[name].get(value.device.type, "reference")
 
 
 # What a backend's kernels leave to torch, openly, by op.
@@ -159,10 +163,9 @@ def backends() -> dict[str, dict[str, Any]]:
     report: dict[str, dict[str, Any]] = {}
     for name in SCHEMAS:
         available = [backend for backend in BACKENDS if has_kernel(name, backend)]
-        winners = {device: next(b for b in order if b in available) for device, order in PREFERENCE.items()}
         absent = {b: _absent.get(b, "has no kernel for this op") for b in BACKENDS if b not in available}
         left = {b: what for b, what in LEFT_TO_TORCH.get(name, {}).items() if b in available}
-        report[name] = {**winners, "available": available, "absent": absent, "left_to_torch": left}
+        report[name] = {**_winners(name), "available": available, "absent": absent, "left_to_torch": left}
     return report
 
 

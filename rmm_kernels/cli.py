@@ -255,12 +255,17 @@ def _backends(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"ops": report, "build": build_info()})
         return 0
-    devices = [key for key in next(iter(report.values())) if key not in ("available", "absent")]
-    table = _table("op", *(f"on {device}" for device in devices), "absent")
+    devices = [key for key in next(iter(report.values())) if key not in ("available", "absent", "left_to_torch")]
+    table = _table("op", *(f"on {device}" for device in devices), "left to torch")
+    absent: dict[str, list[str]] = {}
     for op, entry in report.items():
-        absent = "; ".join(f"{backend}: {reason}" for backend, reason in entry["absent"].items())
-        table.add_row(op, *(entry[device] for device in devices), absent)
+        left = "; ".join(f"{backend}: {what}" for backend, what in entry["left_to_torch"].items())
+        table.add_row(op, *(entry[device] for device in devices), left)
+        for backend, reason in entry["absent"].items():
+            absent.setdefault(f"{backend}: {reason}", []).append(op)
     _print(table)
+    for reason, ops in absent.items():
+        print(f"absent: {reason}" if len(ops) == len(report) else f"absent for {', '.join(ops)}: {reason}")
     for key, value in build_info().items():
         print(f"{key}: {value}")
     return 0
@@ -304,13 +309,18 @@ def _error(error: float | None) -> str:
     return "∞" if error is None else f"{error:.3g}"
 
 
+_TEXT = ("module", "task", "op", "left to torch", "stored as", "carried unchanged")  # columns of words, not numbers
+
+
 def _table(*headings: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD)
     for heading in headings:
-        text = heading in ("module", "task", "op", "absent", "stored as", "carried unchanged") or heading.startswith("on ")
+        text = heading in ("module", "task", "op", "left to torch", "stored as", "carried unchanged") or heading.startswith(
+            "on "
+        )
         table.add_column(heading, justify="left" if text else "right")
     return table
 

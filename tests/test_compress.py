@@ -57,7 +57,7 @@ def positions(r: int, n: int) -> int:
 def reduced(run: ops.Overload, shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """The shape itself; in the simulator a small one for teams of lanes, whose matrices take long there."""
     r, n, _ = shape
-    return (6, 12, 3) if run.simulated and not (n - 1 <= min(r, 8) and r <= 16) else shape
+    return (6, 12, 3) if run.way and not (n - 1 <= min(r, 7) and r <= 16) else shape
 
 
 def shape_id(shape: tuple[int, int, int]) -> str:
@@ -201,8 +201,8 @@ def check_low_precision(x: Tensor, truth: Exact, components: int, result: tuple[
 def check_shapes_of_case(run: ops.Overload, name: str, dtype: torch.dtype, shapes: list[tuple[int, int, int]]) -> None:
     check = check_low_precision if dtype in LOW else check_contract
     failures = ops.Failures()
-    for r, n, p in SIMULATED_SHAPES if run.simulated else shapes:
-        count = min(positions(r, n), 35 if n - 1 <= min(r, 8) and r <= 16 else 3) if run.simulated else positions(r, n)
+    for r, n, p in SIMULATED_SHAPES if run.way else shapes:
+        count = min(positions(r, n), 35 if n - 1 <= min(r, 7) and r <= 16 else 3) if run.way else positions(r, n)
         x, truth = hard_inputs.case(name, dtype, count, r, n, p)
         with failures.case(shape_id((r, n, p))):
             check(x, truth, p, run(x.to(run.device), p))
@@ -218,7 +218,7 @@ def test_contract_fp32(run: ops.Overload, name: str) -> None:
 @ops.each("compress")
 @pytest.mark.parametrize("name", ["randn", "zero_columns", "offset_1e5", "geometric_1e6", "clusters", "tie_at_p", "rank_p-1"])
 def test_contract_on_large_matrices(run: ops.Overload, name: str) -> None:
-    if run.simulated:
+    if run.way:
         x, truth = hard_inputs.case(name, torch.float32, 1, 40, 34, 6)
         check_contract(x, truth, 6, run(x, 6))
     else:
@@ -346,7 +346,7 @@ def test_threads_and_runs(run: ops.Overload, dtype: torch.dtype) -> None:
     The reference leans on LAPACK, whose bits depend on the number of threads.
     """
     for r, n, p, count in (
-        [(16, 8, 3, 67), (16, 20, 4, 3)] if run.simulated else [(16, 8, 3, 2051), (16, 20, 4, 1031), (64, 34, 6, 130)]
+        [(16, 8, 3, 67), (16, 20, 4, 3)] if run.way else [(16, 8, 3, 2051), (16, 20, 4, 1031), (64, 34, 6, 130)]
     ):
         x = mixed_batch(97, r, n, p, dtype)[:, torch.arange(count) % 97].to(run.device)
         with ops.threads(1):

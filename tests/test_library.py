@@ -160,25 +160,29 @@ def test_triton_kernels_refuse_cpu_tensors(op: str) -> None:
         getattr(torch.ops.rmm_kernels, op).triton(*given[op])
 
 
-def test_float64_on_a_gpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_is_refused_by_name_where_triton_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     """What claims to be a tensor on a GPU is enough to see what is said, before any launch."""
-    if not _library.has_gpu_kernels():
-        pytest.skip("no GPU kernels here")
+    monkeypatch.setitem(_library._winner, "gram", {"cuda": "triton", "cpu": "cpu"})
     claim = SimpleNamespace(dtype=torch.float64, device=torch.device("cuda:0"))
-    with pytest.raises(TypeError, match="x is float64 on cuda:0; GPU kernels take float32, float16 and bfloat16"):
-        _checks.gpu_dtype("x", claim)
+    with pytest.raises(TypeError, match="x is float64 on cuda:0; Triton's kernels take float32, float16 and bfloat16"):
+        _checks.gpu_dtype("gram", "x", claim)
     for other in (torch.float32, torch.float16, torch.bfloat16):
-        _checks.gpu_dtype("x", SimpleNamespace(dtype=other, device=claim.device))
-    _checks.gpu_dtype("x", torch.ones(1, dtype=torch.float64))
+        _checks.gpu_dtype("gram", "x", SimpleNamespace(dtype=other, device=claim.device))
+    _checks.gpu_dtype("gram", "x", torch.ones(1, dtype=torch.float64))
+    monkeypatch.setitem(_library._winner, "gram", {"cuda": "cuda", "cpu": "cpu"})
+    _checks.gpu_dtype("gram", "x", claim)  # the CUDA library hands it to the reference
 
-    asked: list[str] = []
-    monkeypatch.setattr(_checks, "gpu_dtype", lambda name, value: asked.append(name))
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(_checks, "gpu_dtype", lambda op, name, value: asked.append((op, name)))
     rmm_kernels.gram(ones(4, 5, 6))
     rmm_kernels.truncated_svd(ones(4, 5, 6), 2)
     rmm_kernels.project(ones(4, 5, 6), ones(3, 5, 6))
     rmm_kernels.compress(ones(4, 5, 6), 2)
     rmm_kernels.reconstruct(ones(3, 5, 6), ones(4, 2, 5), IDS)
-    assert asked == ["x", "x", "x", "x", "basis"]
+    rmm_kernels.lora_shrink(ones(4, 7), *SHRINK, IDS)
+    rmm_kernels.lora_expand_(ones(4, 5), ones(4, 2), *EXPAND)
+    ops_asked = ("gram", "truncated_svd", "project", "compress", "reconstruct", "lora_shrink", "lora_expand_")
+    assert asked == list(zip(ops_asked, ("x", "x", "x", "x", "basis", "x", "y"), strict=True))
 
 
 def test_the_compiled_part_has_every_op() -> None:

@@ -48,11 +48,11 @@ def within(name: str, value: int, low: int, high: int, meaning: str) -> None:
         raise ValueError(f"{name} is {value}; allowed are {low} to {high} ({meaning})")
 
 
-def gpu_dtype(name: str, value: Tensor) -> None:
-    """`value`, on a GPU, is not float64: no GPU kernel takes it."""
-    if value.dtype == torch.float64 and value.device.type == "cuda" and _library.has_gpu_kernels():
+def gpu_dtype(op: str, name: str, value: Tensor) -> None:
+    """`value` is not float64 where Triton's kernel serves `op`, which does not take it."""
+    if value.dtype == torch.float64 and _library.runs_on(op, value) == "triton":
         raise TypeError(
-            f"{name} is float64 on {value.device}; GPU kernels take float32, float16 and bfloat16 "
+            f"{name} is float64 on {value.device}; Triton's kernels take float32, float16 and bfloat16 "
             "(float64 is for CPU tensors, and for the overloads called reference)"
         )
 

@@ -42,7 +42,7 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     if x.shape[0] == 0:
         raise ValueError("x holds no task; n must be at least 1")
     _checks.within("components", components, 0, x.shape[2], "up to r")
-    _checks.gpu_dtype("x", x)
+    _checks.gpu_dtype("compress", "x", x)
     if _library.runs_on("compress", x) == "triton" and not _limits.compress_fits(x.shape[0], x.shape[2], components):
         return torch.ops.rmm_kernels.compress.reference(x, components)
     return torch.ops.rmm_kernels.compress(x, components)

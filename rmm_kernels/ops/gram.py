@@ -30,7 +30,7 @@ def gram(x: Tensor, center: bool = False) -> Tensor:
         ValueError, TypeError: x has another rank or dtype.
     """
     _checks.tensor("x", x, "B m k")
-    _checks.gpu_dtype("x", x)
+    _checks.gpu_dtype("gram", "x", x)
     if x.shape[0] < _FEWEST or x.shape[2] > _LARGEST:
         return torch.ops.rmm_kernels.gram.reference(x, center)
     return torch.ops.rmm_kernels.gram(x, center)

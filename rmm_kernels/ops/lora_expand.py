@@ -39,6 +39,7 @@ def lora_expand_(y: Tensor, u: Tensor, basis_b: Tensor, coeff_b: Tensor, task_id
 
 def check(y: Tensor, basis_b: Tensor, coeff_b: Tensor, task_ids: Tensor, scaling: Tensor) -> None:
     _checks.tensor("y", y, "T out")
+    _checks.gpu_dtype("lora_expand_", "y", y)
     _checks.output(y)
     _checks.shared_basis("b", basis_b, coeff_b)
     _checks.same("basis_b", basis_b, "y", y)

@@ -31,6 +31,7 @@ def lora_shrink(x: Tensor, basis_a: Tensor, coeff_a: Tensor, task_ids: Tensor) -
 
 def check(x: Tensor, basis_a: Tensor, coeff_a: Tensor, task_ids: Tensor) -> None:
     _checks.tensor("x", x, "T in")
+    _checks.gpu_dtype("lora_shrink", "x", x)
     _checks.shared_basis("a", basis_a, coeff_a)
     _checks.same("basis_a", basis_a, "x", x)
     _checks.size("basis_a", basis_a, 2, x.shape[1], "x")

@@ -29,7 +29,7 @@ def project(x: Tensor, basis: Tensor) -> Tensor:
     _checks.size("basis", basis, 2, x.shape[2], "x")
     if basis.shape[0] == 0:
         raise ValueError("basis holds no component; basis[0] must be the mean")
-    _checks.gpu_dtype("x", x)
+    _checks.gpu_dtype("project", "x", x)
     return torch.ops.rmm_kernels.project(x, basis)
 
 

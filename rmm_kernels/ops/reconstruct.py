@@ -36,7 +36,7 @@ def reconstruct(basis: Tensor, coeff: Tensor, task_ids: Tensor) -> Tensor:
     _checks.size("coeff", coeff, 2, basis.shape[1], "basis")
     _checks.tensor("task_ids", task_ids, "a", _checks.IDS)
     _checks.same("task_ids", task_ids, "basis", basis, dtype=False)
-    _checks.gpu_dtype("basis", basis)
+    _checks.gpu_dtype("reconstruct", "basis", basis)
     return torch.ops.rmm_kernels.reconstruct(basis, coeff, task_ids)
 
 

@@ -38,7 +38,7 @@ def truncated_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     _checks.tensor("x", x, "B m k")
     _checks.within("rank", rank, 0, min(x.shape[1:]), "up to min(m, k)")
-    _checks.gpu_dtype("x", x)
+    _checks.gpu_dtype("truncated_svd", "x", x)
     if min(x.shape[1:]) > _large_svd.SHORTEST and x.dtype != torch.float64:
         return torch.ops.rmm_kernels.large_svd(x, rank, True)
     too_large = _library.runs_on("truncated_svd", x) == "triton" and not _limits.truncated_svd_fits(*x.shape[1:])
