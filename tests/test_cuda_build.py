@@ -1,0 +1,120 @@
+"""What nvcc made of csrc/cuda, read from the library that is installed: registers, spills, wide loads, tensor cores."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import rmm_kernels
+
+LIBRARIES = sorted(Path(rmm_kernels.__file__).parent.glob("_cuda.*.so"))
+pytestmark = pytest.mark.skipif(not LIBRARIES, reason=rmm_kernels.build_info().get("cuda", "nothing was compiled"))
+
+# Most registers a thread may use, where that is below the hardware's 255: so that as many warps as meant fit a multiprocessor.
+REGISTERS = {"compress_team": 128, "truncated_svd": 128, "gram": 128, "project": 128, "reconstruct": 64}
+
+
+def tool() -> str:
+    """cuobjdump: the triton wheel's, or the toolkit's."""
+    triton = pytest.importorskip("triton")
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(path) if path.exists() else shutil.which("cuobjdump") or pytest.skip("cuobjdump is not there")
+
+
+@dataclass(frozen=True)
+class Usage:
+    arch: str
+    kernel: str
+    registers: int
+    stack: int
+    local: int
+
+
+@cache
+def usages() -> list[Usage]:
+    """Every kernel of the library, once per arch."""
+    done = subprocess.run([tool(), "-res-usage", LIBRARIES[0]], capture_output=True, text=True, check=True)
+    found: list[Usage] = []
+    arch = kernel = ""
+    for line in (done.stdout + done.stderr).splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\S+?):?$", line.strip()):
+            kernel = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
+            found.append(Usage(arch, kernel, *(int(value) for value in match.groups())))
+    return found
+
+
+@cache
+def listing() -> dict[str, str]:
+    """The sm_90 disassembly of every kernel, by mangled name."""
+    done = subprocess.run([tool(), "-sass", "-arch", "sm_90", LIBRARIES[0]], capture_output=True, text=True, check=True)
+    parts = re.split(r"^\s*Function : (\S+)$", done.stdout, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def bodies(kernel: str) -> list[str]:
+    found = [body for name, body in listing().items() if re.search(rf"\d{kernel}[IE]", name)]
+    assert found, f"no {kernel} among {sorted(listing())}"
+    return found
+
+
+def test_every_arch_has_every_kernel() -> None:
+    built = rmm_kernels.build_info()["cuda"]
+    archs = {f"sm_{number.replace('.', '')}" for number in re.findall(r"\d+\.\d+", built.partition("archs")[2])}
+    assert archs and archs == {usage.arch for usage in usages()}
+    assert len(usages()) == len(archs) * len({usage.kernel for usage in usages()})
+
+
+def test_nothing_spills_and_registers_are_as_meant() -> None:
+    """No stack and no local memory, so no spill; prints the table."""
+    print()
+    wrong = []
+    for usage in sorted(usages(), key=lambda u: (u.kernel, u.arch)):
+        print(f"{usage.kernel:80.80} {usage.arch:7} {usage.registers:4} registers {usage.stack:3} stack")
+        most = next((limit for name, limit in REGISTERS.items() if re.search(rf"\d{name}[IE]", usage.kernel)), 255)
+        if usage.stack or usage.local or usage.registers > most:
+            wrong.append(usage)
+    assert not wrong
+
+
+@pytest.mark.parametrize("kernel", ["compress_thread", "compress_team", "project", "reconstruct", "gram", "truncated_svd"])
+def test_global_loads_of_16_bytes(kernel: str) -> None:
+    assert any(re.search(r"LDG\.E(\.\w+)*\.128", body) for body in bodies(kernel))
+
+
+@pytest.mark.parametrize("kernel", ["lora_shrink_kernel", "lora_expand_kernel"])
+def test_tensor_cores_and_asynchronous_copies(kernel: str) -> None:
+    """In every instance: products on tensor cores, 16 bytes at a time copied past the registers."""
+    for body in bodies(kernel):
+        assert "HMMA" in body
+        assert re.search(r"LDGSTS\.E(\.\w+)*\.128", body)
+
+
+def test_loads_beside_a_torch_without_cuda() -> None:
+    """It needs nothing that such a torch lacks; and says what it was built for where a device's arch is another."""
+    code = (
+        f"import sys, torch; sys.path.insert(0, {str(LIBRARIES[0].parent)!r})\n"
+        "torch.library.Library('rmm_kernels', 'FRAGMENT')\n"
+        "import _cuda\n"
+        "print(_cuda.archs); print(_cuda.wrong_arch(7, 5))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    archs, message = done.stdout.strip().splitlines()
+    assert f"built for archs {archs}; this device has arch 7.5" in message
+
+
+def test_the_report_says_why_it_does_not_serve() -> None:
+    if torch.version.cuda is None:
+        reason = rmm_kernels.backends()["compress"]["absent"]["cuda"]
+        assert "built with" in reason and "this torch has no CUDA" in reason
