@@ -16,7 +16,7 @@ from pathlib import Path
 
 import isolated
 
-SKIPPED = "not compile and not large"  # neither depends on the ABI, and both take long
+SKIPPED = "not ptxsim and not interpreter and not compile and not large"  # neither depends on the ABI, and both take long
 
 
 def torch_version(python: Path) -> str:
