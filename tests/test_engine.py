@@ -345,8 +345,8 @@ def test_exports_restore_the_forward(engine: Engine) -> None:
 # ---------------------------------------------------------------- tensor parallelism
 
 
-def sharded(rank: int, merged: MergedAdapters, adapter: Path, port: int, results: Any) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def sharded(rank: int, merged: MergedAdapters, adapter: Path, meeting: Path, results: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     parallel = TensorParallel(rank, 2, PLAN)
     engine = Engine(merged, max_tasks=6, fused=FUSED, parallel=parallel)
@@ -370,7 +370,7 @@ def sharded(rank: int, merged: MergedAdapters, adapter: Path, port: int, results
     dist.destroy_process_group()
 
 
-def test_two_processes_equal_one(merged: MergedAdapters, make_adapter: MakeAdapter) -> None:
+def test_two_processes_equal_one(merged: MergedAdapters, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     """Column-parallel layers bitwise: each output is computed as in one process. Row-parallel ones to rounding: the sum over
     inputs is cut in two, and all_reduce adds the halves."""
     adapter = make_adapter("new", shapes=SHAPES)
@@ -379,10 +379,7 @@ def test_two_processes_equal_one(merged: MergedAdapters, make_adapter: MakeAdapt
     ids = engine.ids([*MIX, "new"])
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        port = store.port
-        del store
-        mp.spawn(sharded, (merged, adapter, port, results), nprocs=2)
+        mp.spawn(sharded, (merged, adapter, tmp_path / "meeting", results), nprocs=2)
         found = [{name: torch.tensor(value) for name, value in results[rank].items()} for rank in (0, 1)]
     for name, layer in engine.layers.items():
         x = torch.randn(8, layer.wide, generator=torch.Generator().manual_seed(9))
