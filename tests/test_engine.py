@@ -370,29 +370,37 @@ def sharded(rank: int, merged: MergedAdapters, adapter: Path, meeting: Path, res
     dist.destroy_process_group()
 
 
+def whole(_: int, merged: MergedAdapters, adapter: Path, results: Any) -> None:
+    torch.set_num_threads(1)
+    engine = Engine(merged, max_tasks=6, fused=FUSED)
+    engine.add("new", adapter)
+    ids = engine.ids([*MIX, "new"])
+    found = {}
+    for name, layer in engine.layers.items():
+        x = torch.randn(8, layer.wide, generator=torch.Generator().manual_seed(9))
+        found[name] = layer.forward_(torch.zeros(8, layer.width), x, ids).tolist()
+    results["whole"] = found
+
+
 def test_two_processes_equal_one(merged: MergedAdapters, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     """Column-parallel layers bitwise: each output is computed as in one process. Row-parallel ones to rounding: the sum over
     inputs is cut in two, and all_reduce adds the halves."""
     adapter = make_adapter("new", shapes=SHAPES)
-    engine = Engine(merged, max_tasks=6, fused=FUSED)
-    engine.add("new", adapter)
-    ids = engine.ids([*MIX, "new"])
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
+        mp.spawn(whole, (merged, adapter, results), nprocs=1)  # fresh, too: nothing that ran before in this one has a say
         mp.spawn(sharded, (merged, adapter, tmp_path / "meeting", results), nprocs=2)
-        found = [{name: torch.tensor(value) for name, value in results[rank].items()} for rank in (0, 1)]
-    for name, layer in engine.layers.items():
-        x = torch.randn(8, layer.wide, generator=torch.Generator().manual_seed(9))
-        whole = layer.forward_(torch.zeros(8, layer.width), x, ids)
+        *found, one = ({name: torch.tensor(value) for name, value in results[key].items()} for key in (0, 1, "whole"))
+    for name, expected in one.items():
         if name in ("layers.0.attn.o_proj", "layers.0.mlp.down_proj"):
             for part in found:
                 assert_same_bits(part[name], found[0][name])
-                assert close(part[name], whole.double(), 1e-6)
+                assert close(part[name], expected.double(), 1e-6)
         else:
             begin = 0
             for width in FUSED[name.rpartition(".")[2]].values():
                 halves = [part[name][:, begin // 2 : (begin + width) // 2] for part in found]
-                assert_same_bits(torch.cat(halves, 1), whole[:, begin : begin + width])
+                assert_same_bits(torch.cat(halves, 1), expected[:, begin : begin + width])
                 begin += width
 
 
