@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # for `benchmarks`; at the end, for its rmm_kernels is the sources, without what was compiled
 
 Shapes = Mapping[str, tuple[int, int]]
 

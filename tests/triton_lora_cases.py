@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 from lora_inputs import Problem, Shape, problem
 from triton_cases import Case
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import gpu_model
 
 
