@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -67,6 +70,56 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         code = int(number.group(1))
         raise OSError(code, os.strerror(code), str(path)) from error
     path.chmod(path.parent.stat().st_mode & 0o666)  # save_file makes it readable by its owner alone
+
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class TensorStream:
+    """A safetensors file written one tensor after another, so that no two need be in memory: a context.
+
+    Args:
+        path: the file.
+        dtype: of all tensors: float32, float16 or bfloat16.
+        shapes: of all tensors by key, in the order they are going to come in.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]) -> None:
+        self._dtype = dtype
+        self._shapes = list(shapes.items())
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for key, shape in self._shapes:
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            header[key] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+        self._file = path.open("wb", buffering=0)
+        self._bytes(len(text).to_bytes(8, "little") + text)
+
+    def write(self, tensor: Tensor) -> None:
+        """Write the next tensor.
+
+        Raises:
+            ValueError: it does not have the shape or dtype that the header says.
+            OSError: it can't be written, for want of space say.
+        """
+        key, shape = self._shapes.pop(0)
+        if list(tensor.shape) != list(shape) or tensor.dtype != self._dtype:
+            raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)}; expected {self._dtype} {list(shape)}")
+        self._bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def _bytes(self, data: bytes | memoryview) -> None:
+        while len(data):
+            data = data[self._file.write(data) :]
+
+    def __enter__(self) -> TensorStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        if kind is None and self._shapes:
+            raise ValueError(f"{self._shapes[0][0]} was not written")
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:

@@ -159,8 +159,8 @@ def _merge(options: argparse.Namespace) -> int:
         clamp=options.clamp,
         compare=options.compare,
         progress=True,
+        output=options.output,
     )
-    merged.save(options.output)
     _show(merged, options.json)
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import delta, storage
+from ._files import check_target, new_directory
 from .adapters import (
     Adapter,
     AdapterError,
@@ -219,11 +220,12 @@ def merge(
     clamp: bool = False,
     compare: bool = False,
     progress: bool = False,
+    output: str | Path | None = None,
 ) -> MergedAdapters:
     """Merge adapters into a mean, p components and each task's coefficients, module by module.
 
-    Besides the result, no more than one factor of one module is held at a time. What tasks carry unchanged stays in the
-    adapters' directories until it is asked for or saved.
+    Besides the result, no more than one factor of one module is held at a time; with `output`, no more than one module of
+    the result. What tasks carry unchanged stays in the adapters' directories until it is asked for or saved.
 
     Args:
         adapters: PEFT directories, or adapters already opened. A module that some of them lack is merged from the
@@ -235,33 +237,60 @@ def merge(
         clamp: where `components` is too many for a module, use as many as it allows.
         compare: also find what truncated, int8 and int4 adapters would lose, which takes longer than the merge.
         progress: draw a progress bar on stderr if that is a terminal.
+        output: write a merged directory there as `MergedAdapters.save` does, module by module, and return it opened.
 
     Raises:
         AdapterError: an adapter can't be read, holds NaN or Inf, or two have the same name.
         MergeError: adapters do not fit together, or `components` or `dtype` is out of range.
+        OSError: `output` exists and is not empty, or can't be written.
     """
+    if output is not None:
+        check_target(output)
     opened = load_adapters(adapters, names)
     if not opened:
         raise MergeError("adapters is empty; give at least one")
     base_model = _base_model(opened)
     stored = _storage_dtype(opened, dtype)
     plans = _plan(opened, components, clamp)
-    stack = FactorStack()
-    modules = {
-        plan.module: _merge_module(plan, [opened[index] for index in plan.tasks], stored, stack)
-        for plan in _track(plans, "merging", progress)
-    }
-    merged = MergedAdapters(
+    empty = MergedAdapters(
         tasks=tuple(adapter.name for adapter in opened),
-        modules=modules,
+        modules={},
         base_model=base_model,
         components=components,
         dtype=stored,
         parts={adapter.name: TaskParts(adapter.config, adapter.extras, adapter.files) for adapter in opened},
     )
-    if not compare:
-        return merged
-    return replace(merged, comparison=alternatives(opened, merged.merged_bytes, _track(list(modules), "comparing", progress)))
+
+    def compared(merged: MergedAdapters) -> MergedAdapters:
+        if not compare:
+            return merged
+        modules = _track(list(merged.modules), "comparing", progress)
+        return replace(merged, comparison=alternatives(opened, merged.merged_bytes, modules))
+
+    modules = _merged_modules(opened, _track(plans, "merging", progress), stored)
+    if output is None:
+        return compared(replace(empty, modules=dict(modules)))
+    with new_directory(output) as staging:
+        written = {}
+        with storage.factors_stream(staging, stored, {plan.module: _shapes(plan, opened) for plan in plans}) as stream:
+            for name, module in modules:
+                storage.write_factors(stream, module)
+                written[name] = module.without_values()
+        storage.write_rest(compared(replace(empty, modules=written)), staging)
+    return MergedAdapters.load(output)
+
+
+def _merged_modules(
+    adapters: Sequence[Adapter], plans: Iterable[_Plan], dtype: torch.dtype
+) -> Iterator[tuple[str, MergedModule]]:
+    stack = FactorStack()
+    for plan in plans:
+        yield plan.module, _merge_module(plan, [adapters[index] for index in plan.tasks], dtype, stack)
+
+
+def _shapes(plan: _Plan, adapters: Sequence[Adapter]) -> dict[str, list[int]]:
+    shape = adapters[plan.tasks[0]].shape(plan.module)
+    return storage.tensor_shapes(shape, max(plan.ranks), plan.components, len(plan.tasks))
 
 
 def _merge_module(plan: _Plan, adapters: Sequence[Adapter], dtype: torch.dtype, stack: FactorStack) -> MergedModule:

@@ -11,8 +11,8 @@ A merged directory holds
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import delta
-from ._files import new_directory, write_json, write_tensors
+from ._files import TensorStream, new_directory, write_json, write_tensors
 from ._version import __version__
 from .adapters import CONFIG, WEIGHTS, AdapterError, StoredTensors, beyond_factors, copy_files, lora_rank, lora_scaling
 
@@ -31,6 +31,9 @@ MANIFEST = "manifest.json"
 FACTORS = "factors.safetensors"
 TASKS = "tasks"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+_TENSORS = ("basis_a", "coeff_a", "basis_b", "coeff_b")
 
 
 class MergeError(ValueError):
@@ -89,6 +92,10 @@ class MergedModule:
         """Relative Frobenius error of ΔW over all tasks of the module."""
         return delta.relative(self.squares)
 
+    def without_values(self) -> MergedModule:
+        """The same on the meta device: shapes and figures, no memory."""
+        return replace(self, **{key: getattr(self, key).to("meta") for key in _TENSORS})
+
 
 @dataclass(frozen=True)
 class TaskParts:
@@ -136,9 +143,6 @@ class Stored:
     """other ways to store the adapters, where the merge was asked to compare"""
 
 
-_TENSORS = ("basis_a", "coeff_a", "basis_b", "coeff_b")
-
-
 def write(stored: Stored, directory: str | Path) -> None:
     """Write a merged directory; all of it or nothing.
 
@@ -146,17 +150,37 @@ def write(stored: Stored, directory: str | Path) -> None:
         OSError: the directory exists and is not empty, or can't be written.
     """
     with new_directory(directory) as staging:
-        tensors = {f"{name}.{key}": getattr(module, key) for name, module in stored.modules.items() for key in _TENSORS}
-        write_tensors(staging / FACTORS, tensors)
-        (staging / TASKS).mkdir()
-        for index, task in enumerate(stored.tasks):
-            parts, own = stored.parts[task], staging / TASKS / str(index)
-            if parts.extras:
-                write_tensors(own.with_suffix(".safetensors"), parts.extras)
-            if parts.files:
-                own.mkdir()
-                copy_files(parts.files, own)
-        write_json(staging / MANIFEST, _manifest(stored, staging))
+        shapes = {name: {key: list(getattr(module, key).shape) for key in _TENSORS} for name, module in stored.modules.items()}
+        with factors_stream(staging, stored.dtype, shapes) as stream:
+            for module in stored.modules.values():
+                write_factors(stream, module)
+        write_rest(stored, staging)
+
+
+def factors_stream(directory: Path, dtype: torch.dtype, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> TensorStream:
+    """The file of factors in `directory`, to be filled by `write_factors` of every module in the order of `shapes`, which
+    gives every module's `tensor_shapes`."""
+    flat = {f"{name}.{key}": shape for name, module in shapes.items() for key, shape in module.items()}
+    return TensorStream(directory / FACTORS, dtype, flat)
+
+
+def write_factors(stream: TensorStream, module: MergedModule) -> None:
+    """The tensors of the next module."""
+    for key in _TENSORS:
+        stream.write(getattr(module, key))
+
+
+def write_rest(stored: Stored, directory: Path) -> None:
+    """All of a merged directory but its factors, whose values are not looked at."""
+    (directory / TASKS).mkdir()
+    for index, task in enumerate(stored.tasks):
+        parts, own = stored.parts[task], directory / TASKS / str(index)
+        if parts.extras:
+            write_tensors(own.with_suffix(".safetensors"), parts.extras)
+        if parts.files:
+            own.mkdir()
+            copy_files(parts.files, own)
+    write_json(directory / MANIFEST, _manifest(stored, directory))
 
 
 def _manifest(stored: Stored, directory: Path) -> dict[str, Any]:
@@ -241,7 +265,8 @@ def _read(root: Path, manifest: dict[str, Any]) -> Stored:
                 configs = [parts[tasks[index]].config for index in entry["tasks"]]
                 _check_module(root, name, entry, configs)
                 tensors = {}
-                for key, shape in _shapes(entry).items():
+                shapes = tensor_shapes(entry["shape"], entry["rank"], entry["components"], len(entry["tasks"]))
+                for key, shape in shapes.items():
                     full = f"{name}.{key}"
                     if full not in stored_keys:
                         raise MergeError(f"{path} lacks {full}, which {MANIFEST} lists")
@@ -268,14 +293,14 @@ def _read(root: Path, manifest: dict[str, Any]) -> Stored:
     return Stored(tasks, modules, base, int(manifest["components"]), dtype, parts, comparison)
 
 
-def _shapes(entry: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The shapes of a module's tensors."""
-    (out, wide), rank, p, n = entry["shape"], entry["rank"], entry["components"], len(entry["tasks"])
+def tensor_shapes(shape: Sequence[int], rank: int, components: int, tasks: int) -> dict[str, list[int]]:
+    """The shapes of a module's tensors, (out, in) being `shape`, in the order they lie in the file."""
+    out, wide = shape
     return {
-        "basis_a": [p + 1, rank, wide],
-        "coeff_a": [n, p, wide],
-        "basis_b": [p + 1, out, rank],
-        "coeff_b": [n, p, out],
+        "basis_a": [components + 1, rank, wide],
+        "coeff_a": [tasks, components, wide],
+        "basis_b": [components + 1, out, rank],
+        "coeff_b": [tasks, components, out],
     }
 
 
