@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import os
@@ -117,15 +118,14 @@ class _Weights:
         tensor: Tensor = self._mapped.get_tensor(entry.key)
         return tensor
 
-    def read(self, entry: _Entry, target: memoryview) -> None:
-        """Read a tensor's bytes. No page of the file is mapped, and no descriptor kept."""
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(entry.begin)
-            while target:
-                count = file.readinto(target)
-                if not count:
-                    raise AdapterError(f"{self.path} ends within {entry.key}")
-                target = target[count:]
+    def read(self, file: io.FileIO, entry: _Entry, target: memoryview) -> None:
+        """Read a tensor's bytes from `file`, which is this one opened. No page of it is mapped."""
+        file.seek(entry.begin)
+        while target:
+            count = file.readinto(target)
+            if not count:
+                raise AdapterError(f"{self.path} ends within {entry.key}")
+            target = target[count:]
 
 
 class Adapter:
@@ -191,9 +191,13 @@ class Adapter:
         """lora_A or lora_B of the module, as a view of the mapped file."""
         return self._weights.tensor(self._find(module)["AB".index(side)])
 
-    def read_factor(self, module: str, side: str, target: memoryview) -> None:
+    def open(self) -> io.FileIO:
+        """adapter_model.safetensors, for `read_factor`."""
+        return io.FileIO(self._weights.path)
+
+    def read_factor(self, file: io.FileIO, module: str, side: str, target: memoryview) -> None:
         """Read the bytes of lora_A or lora_B into `target`, which is as long as they are."""
-        self._weights.read(self._find(module)["AB".index(side)], target)
+        self._weights.read(file, self._find(module)["AB".index(side)], target)
 
     def __contains__(self, module: object) -> bool:
         return module in self._entries
@@ -345,10 +349,22 @@ def save_adapter(
 
 
 class FactorStack:
-    """Memory for a stack of one factor of many adapters, used again for the next: freeing it would fragment the heap."""
+    """A stack of one factor of many adapters: a context, inside which the next factor takes the last one's memory (freeing
+    it would fragment the heap) and the adapters' files stay open, the first `_KEPT_OPEN` of them."""
+
+    _KEPT_OPEN = 256  # descriptors; a process may often have no more than 1024
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._files: dict[Adapter, io.FileIO] = {}
+
+    def __enter__(self) -> FactorStack:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
     def fill(self, adapters: Sequence[Adapter], module: str, side: str, rank: int, least: torch.dtype) -> Tensor:
         """lora_A as [n, rank, in] or lora_B as [n, out, rank], until the next call; lower ranks are padded with zeros.
@@ -365,13 +381,23 @@ class FactorStack:
         for index, adapter in enumerate(adapters):
             true = adapter.rank(module)
             if true == rank and dtypes[index] == dtype:
-                adapter.read_factor(module, side, rows[index].data)
+                self._read(adapter, module, side, rows[index].data)
             else:
                 own = torch.empty((*shape[:axis], true, *shape[axis + 1 :]), dtype=dtypes[index])
-                adapter.read_factor(module, side, own.view(-1).view(torch.uint8).numpy().data)
+                self._read(adapter, module, side, own.view(-1).view(torch.uint8).numpy().data)
                 stack[index].narrow(axis, 0, true).copy_(own)
                 stack[index].narrow(axis, true, rank - true).zero_()
         return stack
+
+    def _read(self, adapter: Adapter, module: str, side: str, target: memoryview) -> None:
+        file = self._files.get(adapter)
+        if file is None and len(self._files) < self._KEPT_OPEN:
+            file = self._files[adapter] = adapter.open()
+        if file is not None:
+            adapter.read_factor(file, module, side, target)
+            return
+        with adapter.open() as passing:
+            adapter.read_factor(passing, module, side, target)
 
     def _reserve(self, size: int) -> Tensor:
         if self._memory.numel() < size:

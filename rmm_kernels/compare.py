@@ -27,17 +27,17 @@ class _Method:
 def alternatives(adapters: Sequence[Adapter], merged_bytes: int, modules: Iterable[str]) -> tuple[Alternative, ...]:
     """Bytes and errors of every adapter truncated to the highest rank that fits in `merged_bytes`, in int8, and in int4."""
     methods = [_truncated(adapters, merged_bytes), _quantised(8), _quantised(4)]
-    stack_a, stack_b = FactorStack(), FactorStack()
     squares: dict[str, list[tuple[float, float]]] = {method.name: [] for method in methods}
-    for module in modules:
-        present = [adapter for adapter in adapters if module in adapter]
-        rank = max(adapter.rank(module) for adapter in present)
-        scaling = [adapter.scaling(module) for adapter in present]
-        a = stack_a.fill(present, module, "A", rank, torch.float32)
-        b = stack_b.fill(present, module, "B", rank, torch.float32)
-        for method in methods:
-            new_a, new_b = method.approximate(a, b)
-            squares[method.name] += delta.squares(_compare(a.mT, new_a.mT), _compare(b, new_b), scaling)
+    with FactorStack() as stack_a, FactorStack() as stack_b:
+        for module in modules:
+            present = [adapter for adapter in adapters if module in adapter]
+            rank = max(adapter.rank(module) for adapter in present)
+            scaling = [adapter.scaling(module) for adapter in present]
+            a = stack_a.fill(present, module, "A", rank, torch.float32)
+            b = stack_b.fill(present, module, "B", rank, torch.float32)
+            for method in methods:
+                new_a, new_b = method.approximate(a, b)
+                squares[method.name] += delta.squares(_compare(a.mT, new_a.mT), _compare(b, new_b), scaling)
     return tuple(
         Alternative(
             method.name,

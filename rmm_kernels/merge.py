@@ -283,9 +283,9 @@ def merge(
 def _merged_modules(
     adapters: Sequence[Adapter], plans: Iterable[_Plan], dtype: torch.dtype
 ) -> Iterator[tuple[str, MergedModule]]:
-    stack = FactorStack()
-    for plan in plans:
-        yield plan.module, _merge_module(plan, [adapters[index] for index in plan.tasks], dtype, stack)
+    with FactorStack() as stack:
+        for plan in plans:
+            yield plan.module, _merge_module(plan, [adapters[index] for index in plan.tasks], dtype, stack)
 
 
 def _shapes(plan: _Plan, adapters: Sequence[Adapter]) -> dict[str, list[int]]:

@@ -60,11 +60,11 @@ def measure(module: MergedModule, originals: Mapping[int, Adapter], name: str) -
     """(‖ΔW − ΔŴ‖², ‖ΔW‖²) of some of a module's rows against their original adapters."""
     rows, adapters = list(originals), list(originals.values())
     ranks = [module.ranks[row] for row in rows]
-    stack = FactorStack()
-    a = stack.fill(adapters, name, "A", module.rank, module.basis_a.dtype)
-    grams_a = delta.restored_grams(a.mT, module.basis_a.mT, module.coeff_a, rows, ranks)
-    b = stack.fill(adapters, name, "B", module.rank, module.basis_b.dtype)
-    grams_b = delta.restored_grams(b, module.basis_b, module.coeff_b, rows, ranks)
+    with FactorStack() as stack:
+        a = stack.fill(adapters, name, "A", module.rank, module.basis_a.dtype)
+        grams_a = delta.restored_grams(a.mT, module.basis_a.mT, module.coeff_a, rows, ranks)
+        b = stack.fill(adapters, name, "B", module.rank, module.basis_b.dtype)
+        grams_b = delta.restored_grams(b, module.basis_b, module.coeff_b, rows, ranks)
     return delta.squares(grams_a, grams_b, [adapter.scaling(name) for adapter in adapters])
 
 

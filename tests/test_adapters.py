@@ -257,34 +257,41 @@ def test_views_do_not_reach_the_file(make_adapter: MakeAdapter) -> None:
 
 def test_stacks_pad_with_zeros(make_adapter: MakeAdapter) -> None:
     adapters = [load_adapter(make_adapter("a", rank=2, dtype=torch.float16)), load_adapter(make_adapter("b", rank=3))]
-    stack, module = FactorStack(), "layers.0.up"
-    for _ in range(2):  # the second time in used memory
-        a = stack.fill(adapters, module, "A", 3, torch.float16)
-        assert (a.shape, a.dtype) == ((2, 3, 24), torch.float32)
-        assert torch.equal(a[0, :2], adapters[0].factor(module, "A").float()) and not a[0, 2].any()
-        assert torch.equal(a[1], adapters[1].factor(module, "A"))
-        b = stack.fill(adapters, module, "B", 3, torch.float16)
-        assert (b.shape, b.dtype) == ((2, 40, 3), torch.float32)
-        assert torch.equal(b[0, :, :2], adapters[0].factor(module, "B").float()) and not b[0, :, 2].any()
-        assert torch.equal(b[1], adapters[1].factor(module, "B"))
+    module = "layers.0.up"
+    with FactorStack() as stack:
+        for _ in range(2):  # the second time in used memory
+            a = stack.fill(adapters, module, "A", 3, torch.float16)
+            assert (a.shape, a.dtype) == ((2, 3, 24), torch.float32)
+            assert torch.equal(a[0, :2], adapters[0].factor(module, "A").float()) and not a[0, 2].any()
+            assert torch.equal(a[1], adapters[1].factor(module, "A"))
+            b = stack.fill(adapters, module, "B", 3, torch.float16)
+            assert (b.shape, b.dtype) == ((2, 40, 3), torch.float32)
+            assert torch.equal(b[0, :, :2], adapters[0].factor(module, "B").float()) and not b[0, :, 2].any()
+            assert torch.equal(b[1], adapters[1].factor(module, "B"))
 
 
+@pytest.mark.parametrize("kept_open", [0, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_stacks_of_equal_adapters(make_adapter: MakeAdapter, dtype: torch.dtype) -> None:
+def test_stacks_of_equal_adapters(
+    make_adapter: MakeAdapter, dtype: torch.dtype, kept_open: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FactorStack, "_KEPT_OPEN", kept_open)
     adapters = [load_adapter(make_adapter(name, dtype=dtype)) for name in "abc"]
-    stack = FactorStack()
-    for module in SHAPES:
-        for side in "AB":
-            expected = torch.stack([adapter.factor(module, side) for adapter in adapters])
-            assert torch.equal(stack.fill(adapters, module, side, 4, dtype), expected)
+    with FactorStack() as stack:
+        for module in SHAPES:
+            for side in "AB":
+                expected = torch.stack([adapter.factor(module, side) for adapter in adapters])
+                assert torch.equal(stack.fill(adapters, module, side, 4, dtype), expected)
+        files = list(stack._files.values())
+    assert len(files) == kept_open and all(file.closed for file in files)
 
 
 def test_file_that_shrinks(make_adapter: MakeAdapter) -> None:
     path = make_adapter("one")
     adapter = load_adapter(path)
     weights(path).write_bytes(weights(path).read_bytes()[:-100])
-    with pytest.raises(AdapterError, match=r"ends within base_model\.model\.layers\.1\.q\.lora_B\.weight"):
-        FactorStack().fill([adapter], "layers.1.q", "B", 4, torch.float32)
+    with FactorStack() as stack, pytest.raises(AdapterError, match=r"ends within base_model\.model\.layers\.1\.q\.lora_B\."):
+        stack.fill([adapter], "layers.1.q", "B", 4, torch.float32)
 
 
 # ---------------------------------------------------------------- names
