@@ -41,6 +41,8 @@ FLAGS = [
     "-diag-suppress=1394,1388",
     "-Xcompiler=-fPIC",
 ]
+# With its own __cudaRegisterFunction and others, whatever cudart a CUDA build of torch has loaded.
+LINK = ["-shared", "-cudart=none", "-Xlinker=-Bsymbolic"]
 
 
 def ops() -> frozenset[str]:
@@ -132,13 +134,13 @@ def build(sources: Path) -> Path:
     files = [*sorted(sources.glob("*.cu")), sources / "simulated.cpp"]
     with ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(_compiled, files))
-    target = _kept("rmm", *(folder.name for folder in compiled))
+    target = _kept("rmm", *LINK, *(folder.name for folder in compiled))
     if not target.exists():
         with _fresh(target) as folder:
             objects = [str(made / "object.o") for made in compiled]
             torch_libraries = str(Path(torch.__file__).parent / "lib")
             library = str(folder / "library.so")
-            _nvcc("-shared", *objects, "-o", library, "-cudart=none", f"-L{torch_libraries}", "-ltorch_cpu")
+            _nvcc(*LINK, *objects, "-o", library, f"-L{torch_libraries}", "-ltorch_cpu")
             for made in compiled:
                 for path in made.glob("*.ptx"):
                     shutil.copy(path, folder)
