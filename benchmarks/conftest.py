@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from .peers import NotInstalled
+from .peers import Absent
 from .timing import Others, threads
 from .workloads import Workload
 
@@ -30,6 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for workload in metafunc.module.WORKLOADS
         for turn in range(metafunc.config.getoption("turns"))
         for contender in metafunc.module.CONTENDERS
+        if workload.contenders is None or contender in workload.contenders
     ]
     metafunc.parametrize(("workload", "turn", "contender"), cases)
 
@@ -59,7 +60,7 @@ class Prepared:
         if contender not in self._calls:
             try:
                 call = prepare(self._inputs)
-            except NotInstalled as reason:
+            except Absent as reason:
                 pytest.skip(str(reason))
             self._calls[contender] = call, check(self._inputs, contender, call)
         return self._calls[contender]

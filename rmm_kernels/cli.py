@@ -1,4 +1,4 @@
-"""The `rmm-kernels` command: merge adapters, restore one, look into a merge, verify it against the originals."""
+"""The `rmm-kernels` command: merge adapters, restore one, look into a merge, verify it against the originals; and others."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from .storage import DTYPES
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from .bench import Row
 
 # What a command raises for bad input or a full disk, and nothing else.
 _EXPECTED = (ValueError, OSError)
@@ -126,6 +128,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-r", "--rank", type=int, metavar="R", help="of a merged adapter, at most")
     _add_json(command)
     command.set_defaults(run=_lore)
+
+    command = commands.add_parser(
+        "bench", help="time every op beside plain torch, in some seconds; exit code 1 if one is wrong"
+    )
+    command.add_argument("--device", default="cpu", help="cpu, cuda, …; default cpu")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the inputs; default float32")
+    command.add_argument("--threads", type=int, metavar="N", help="of the CPU; default: torch's own choice")
+    _add_json(command)
+    command.set_defaults(run=_bench)
 
     command = commands.add_parser("backends", help="show which implementation serves each op")
     _add_json(command)
@@ -250,6 +261,43 @@ def _lore(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    import torch
+
+    from . import bench
+
+    before = torch.get_num_threads()
+    threads = before if options.threads is None else options.threads
+    if threads < 1:
+        raise ValueError(f"--threads is {threads}; it must be at least 1")
+    torch.set_num_threads(threads)
+    try:
+        copied, rows = bench.run(options.device, DTYPES[options.dtype])
+    finally:
+        torch.set_num_threads(before)
+    if options.json:
+        about = {"device": options.device, "threads": threads, "copy_bytes_per_s": copied, "torch": torch.__version__}
+        _print_json({**about, "build": build_info(), "rows": [asdict(row) for row in rows]})
+    else:
+        _show_bench(rows, f"{options.device}, {options.dtype}, {threads} threads, torch {torch.__version__}", copied)
+    return int(any(row.seconds is None for row in rows))
+
+
+def _show_bench(rows: Sequence[Row], about: str, copied: float) -> None:
+    table = _table("op", "shape", "on backend", "µs", "× plain torch", "GB/s", "of copy")
+    for row in rows:
+        figures = ("wrong result: not timed", "", "", "")
+        if row.seconds is not None and row.ratio is not None and row.of_copy is not None:
+            rate = row.bytes / row.seconds / 1e9
+            figures = (f"{row.seconds * 1e6:.1f}", f"{row.ratio:.2f}", f"{rate:.2f}", f"{row.of_copy:.0%}")
+        table.add_row(row.op, row.shape, row.backend, *figures)
+    _print(table)
+    print(f"{about}; a large copy: {copied / 1e9:.1f} GB/s")
+    print("plain torch: the op's reference, on the same inputs; of copy: its least traffic by its time, by that of the copy")
+
+
 def _backends(options: argparse.Namespace) -> int:
     report = backends()
     if options.json:
@@ -309,7 +357,7 @@ def _error(error: float | None) -> str:
     return "∞" if error is None else f"{error:.3g}"
 
 
-_TEXT = ("module", "task", "op", "left to torch", "stored as", "carried unchanged")  # columns of words, not numbers
+_TEXT = ("module", "task", "op", "shape", "left to torch", "stored as", "carried unchanged")  # columns of words, not numbers
 
 
 def _table(*headings: str) -> Table:
@@ -318,9 +366,7 @@ def _table(*headings: str) -> Table:
 
     table = Table(box=SIMPLE_HEAD)
     for heading in headings:
-        text = heading in ("module", "task", "op", "left to torch", "stored as", "carried unchanged") or heading.startswith(
-            "on "
-        )
+        text = heading in _TEXT or heading.startswith("on ")
         table.add_column(heading, justify="left" if text else "right")
     return table
 

@@ -262,3 +262,45 @@ def test_a_reader_that_stops(tmp_path: Path) -> None:
     assert process.stderr.read() == b""
     assert process.wait() == 141
     process.stderr.close()
+
+
+# ---------------------------------------------------------------- bench
+
+
+@pytest.fixture
+def quick_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each op but a few times; and any copy is large enough."""
+    from rmm_kernels import bench
+
+    monkeypatch.setattr(bench, "_seconds", lambda call, device, seconds: 1e-3 if call() is None else 2e-3)
+
+
+@pytest.mark.usefixtures("quick_bench")
+def test_bench(run: Any) -> None:
+    result = run("bench")
+    assert result.code == 0, result.err
+    rows = {line.split()[0]: line for line in result.out.splitlines() if line.strip()}
+    assert set(backends()) <= set(rows)
+    assert "wrong" not in result.out and "GB/s" in result.out
+    before = torch.get_num_threads()
+    report = json.loads(run("bench", "--json", "--dtype", "bfloat16", "--threads", "1").out)
+    assert [row["op"] for row in report["rows"]] == list(backends())
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 and row["of_copy"] > 0 for row in report["rows"])
+    assert report["threads"] == 1 and torch.get_num_threads() == before
+
+
+@pytest.mark.usefixtures("quick_bench")
+def test_bench_does_not_time_a_wrong_op(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rmm_kernels import reference
+
+    right = reference.gram
+    monkeypatch.setattr(reference, "gram", lambda x, center: 1.001 * right(x, center))
+    report = json.loads(run("bench", "--json").out)
+    assert [row["op"] for row in report["rows"] if row["seconds"] is None] == ["gram"]
+    result = run("bench")
+    assert result.code == 1 and row(result.out, "gram")[-4:] == ["wrong", "result:", "not", "timed"]
+
+
+def test_bench_refuses(run: Any) -> None:
+    fails(run("bench", "--device", "nowhere"), "device is 'nowhere', which torch can't use here")
+    fails(run("bench", "--threads", "0"), "--threads is 0; it must be at least 1")
