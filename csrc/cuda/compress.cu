@@ -245,7 +245,8 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
   args.coeff = view(coeff, 3, "coeff");
   args.energy = view(energy, 2, "energy");
   if (per_thread) {
-    launch_thread(queue, {args.x, args.basis, args.coeff, args.energy, args.n, args.spread});
+    const float share = static_cast<float>(1.0 / std::sqrt(static_cast<double>(n)));
+    launch_thread(queue, CompressThread{args.x, args.basis, args.coeff, args.energy, args.n, args.spread, share});
   } else if (lanes == 8) {
     launch_team<8>(queue, args, 16, most_floats / 2);
   } else if (lanes == 32) {

@@ -12,159 +12,188 @@ struct CompressThread {
   Plane x, basis;      // [n, S, r], [p+1, S, r]
   View coeff, energy;  // [n, p, S], [S, K]
   int n;
-  float spread;  // 1 / (√n − 1)
+  float spread, share;  // 1 / (√n − 1), 1 / √n
 };
 
 constexpr int kRanks = 16;      // of a column in registers; what is beyond r is 0
 constexpr int kRowStride = 20;  // floats from one position's row of ranks to the next: 16-byte accesses then meet all banks
 
-// Where a warp keeps x, ranks filled up to a multiple of 4. Positions side by side if they are so in memory, and a thread reads
-// its own 4 bytes; else a position's values side by side, an odd number of 16-byte units apart, and a thread reads 16 bytes.
+// Where a warp keeps x while it brings it in, K + 1 tasks of kRanks ranks: positions side by side if they are so in memory, and
+// a thread reads its own 4 bytes; else a position's values side by side, an odd number of 16-byte units apart, and a thread
+// reads 16 bytes. Later a thread's own column of the same memory holds the directions that it found, [K][K].
+template <int K>
 struct WarpTile {
-  float* memory;
-  int lane, ranks, position_stride, value_stride;
+  static constexpr int kPositionStride = (K + 1) * kRanks + 4;
+  static constexpr int kFloats = 32 * kPositionStride;
 
-  __device__ void load(int i, int j, float (&values)[4]) const {
-    const float* const at = memory + lane * position_stride + (i * ranks + j) * value_stride;
-    if (value_stride == 1) {
-      const float4 four = *reinterpret_cast<const float4*>(at);
-      values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+  float* memory;
+  int lane;
+  bool flat;  // positions side by side
+
+  __device__ __forceinline__ float4* at(int i, int j) const {
+    return reinterpret_cast<float4*>(memory + lane * kPositionStride + i * kRanks + j);
+  }
+  __device__ __forceinline__ float* flat_at(int i, int j) const { return memory + (i * kRanks + j) * 32 + lane; }
+  __device__ __forceinline__ float& direction(int c, int i) const { return memory[(c * K + i) * 32 + lane]; }
+
+  // x of the own position at ranks j … j + 3 of the first n tasks, 0 for the others.
+  __device__ __forceinline__ void load(int n, int j, float (&x)[K + 1][4]) const {
+#pragma unroll
+    for (int i = 0; i <= K; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[i][e] = 0;
+    }
+    if (flat) {
+#pragma unroll
+      for (int i = 0; i <= K; ++i) {
+        if (i >= n) break;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[i][e] = *flat_at(i, j + e);
+      }
     } else {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) values[e] = at[e * 32];
+      for (int i = 0; i <= K; ++i) {
+        if (i >= n) break;
+        const float4 four = *at(i, j);
+        x[i][0] = four.x, x[i][1] = four.y, x[i][2] = four.z, x[i][3] = four.w;
+      }
     }
   }
 
-  __device__ void store(int i, int j, const float (&values)[4]) const {
-    float* const at = memory + lane * position_stride + (i * ranks + j) * value_stride;
-    if (value_stride == 1) {
-      store_shared(at, values[0], values[1], values[2], values[3]);
-    } else {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) at[e * 32] = values[e];
+  template <class Change>
+  __device__ void each(int n, int ranks, const Change& change) const {
+#pragma unroll 1
+    for (int i = 0; i < n; ++i) {
+#pragma unroll 1
+      for (int j = 0; j < ranks; ++j) change(flat ? *flat_at(i, j) : reinterpret_cast<float*>(at(i, 0))[j]);
     }
   }
 };
 
-// Floats of one position's x where ranks are innermost: a multiple of 4, an odd one.
-__host__ __device__ constexpr int position_floats(int n, int ranks) { return n * ranks % 8 == 4 ? n * ranks : n * ranks + 4; }
-
-// x of up to 32 positions from `first` on; what is beyond them, and beyond r, is 0.
+// Where a lane's part of eight positions side by side, which meet all banks, lies: 16 bytes, in a warp's `step`-th turn.
 template <class T>
-__device__ __forceinline__ void load_warp(const CompressThread& args, const WarpTile& tile, int64_t first, int positions) {
+struct Part {
+  static constexpr int kChunks = kRanks / kVector<T>;  // of a position
+  static constexpr int kSteps = kChunks;               // that a warp takes for 32 positions
+  int position, rank;
+  __device__ __forceinline__ Part(int lane, int step) {
+    const int part = step * 4 + lane / 8;
+    position = part / kChunks * 8 + lane % 8;
+    rank = part % kChunks * kVector<T>;
+  }
+};
+
+// x of up to 32 positions from `first` on; what is beyond them, and beyond r up to a multiple of 4, is 0.
+template <class T, int K>
+__device__ __forceinline__ void load_warp(const CompressThread& args, const WarpTile<K>& tile, int64_t first, int positions) {
   constexpr int kWidth = kVector<T>;
   const View& view = args.x.view;
-  const int r = static_cast<int>(view.size[2]), lane = tile.lane, ranks = tile.ranks;
+  const int r = static_cast<int>(view.size[2]), n = args.n, lane = tile.lane, ranks = (r + 3) / 4 * 4;
   const T* const from = reinterpret_cast<const T*>(view.data) + first * view.stride[1];
+  const auto bring = [&](const T* at, float* to, int64_t step, int count) {
+    float values[kWidth];
+    if (args.x.aligned && count >= kWidth) {
+      load_vector(at, values);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) values[e] = e < count ? Storage<T>::widen(at[e * step]) : 0.0f;
+    }
+#pragma unroll
+    for (int e = 0; e < kWidth; e += 4) store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
+  };
   if (args.x.positions_inside) {
-    constexpr int kChunks = 32 / kWidth;
-    for (int index = lane; index < args.n * ranks * kChunks; index += 32) {
-      const int row = index / kChunks, position = index % kChunks * kWidth;
-      const int i = quotient(row, 1.0f / static_cast<float>(ranks)), j = row - i * ranks;
-      const T* const at = from + i * view.stride[0] + j * view.stride[2];
-      float values[kWidth];
-      if (args.x.aligned && position + kWidth <= positions && j < r) {
-        load_vector(at + position, values);
-      } else {
+    constexpr int kChunks = 32 / kWidth, kRows = kWidth;  // of a row of 32 positions; rows in a turn
+    const int position = lane % kChunks * kWidth, row = lane / kChunks;
+    const T* of_task = from + position * view.stride[1] + row * view.stride[2];
+    float* to = tile.memory + row * 32 + position;
+    for (int i = 0; i < n; ++i) {
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
-          values[e] = position + e < positions && j < r ? Storage<T>::widen(at[(position + e) * view.stride[1]]) : 0.0f;
-        }
+      for (int j = 0; j < kRanks; j += kRows) {
+        if (j + row >= ranks) break;
+        bring(of_task + j * view.stride[2], to + j * 32, view.stride[1], j + row < r ? positions - position : 0);
       }
-#pragma unroll
-      for (int e = 0; e < kWidth; e += 4) {
-        store_shared(tile.memory + row * 32 + position + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
-      }
+      of_task += view.stride[0];
+      to += kRanks * 32;
     }
   } else {
-    const int chunks = (ranks + kWidth - 1) / kWidth;
-    const float per_chunk = 1.0f / static_cast<float>(chunks);
-    for (int i = 0; i < args.n; ++i) {
-      for (int index = lane; index < 32 * chunks; index += 32) {  // eight positions side by side, which meet all banks
-        const int eight = index / 8, block = quotient(eight, per_chunk);
-        const int position = block * 8 + index % 8, j = (eight - block * chunks) * kWidth;
-        const T* const at = from + i * view.stride[0] + position * view.stride[1] + j * view.stride[2];
-        float values[kWidth];
-        if (args.x.aligned && position < positions && j + kWidth <= r) {
-          load_vector(at, values);
-        } else {
 #pragma unroll
-          for (int e = 0; e < kWidth; ++e) {
-            values[e] = position < positions && j + e < r ? Storage<T>::widen(at[e * view.stride[2]]) : 0.0f;
-          }
-        }
-#pragma unroll
-        for (int e = 0; e < kWidth; e += 4) {
-          if (j + e < ranks) {
-            store_shared(tile.memory + position * tile.position_stride + i * ranks + j + e, values[e], values[e + 1],
-                         values[e + 2], values[e + 3]);
-          }
-        }
+    for (int step = 0; step < Part<T>::kSteps; ++step) {
+      const Part<T> part(lane, step);
+      const int count = part.position < positions ? r - part.rank : 0;
+      const T* of_task = from + part.position * view.stride[1] + part.rank * view.stride[2];
+      float* to = tile.memory + part.position * WarpTile<K>::kPositionStride + part.rank;
+      if (part.rank >= ranks) continue;
+#pragma unroll 4
+      for (int i = 0; i < n; ++i) {
+        bring(of_task, to, view.stride[2], count);
+        of_task += view.stride[0];
+        to += kRanks;
       }
     }
   }
 }
 
-// basis[c] of up to 32 positions, a thread's own being `row`. rows: shared memory for 32 of them.
+// basis[c] of up to 32 positions, from rows [32][kRowStride] in shared memory.
 template <class T>
-__device__ __forceinline__ void store_row(const CompressThread& args, float* rows, int lane, int64_t first, int positions,
-                                          int c, const float (&row)[kRanks]) {
+__device__ __forceinline__ void store_rows(const CompressThread& args, const float* rows, int lane, int64_t first,
+                                           int positions, int c) {
   constexpr int kWidth = kVector<T>;
   const View& view = args.basis.view;
   const int r = static_cast<int>(view.size[2]);
   T* const to = reinterpret_cast<T*>(view.data) + c * view.stride[0] + first * view.stride[1];
   if (args.basis.positions_inside) {
-    if (lane < positions) {
+    if (lane >= positions) return;
+    T* at = to + lane * view.stride[1];
 #pragma unroll
-      for (int j = 0; j < kRanks; ++j) {
-        if (j < r) to[lane * view.stride[1] + j * view.stride[2]] = Storage<T>::narrow(row[j]);
+    for (int j = 0; j < kRanks; j += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(rows + lane * kRowStride + j);
+      const float values[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (j + e >= r) return;
+        *at = Storage<T>::narrow(values[e]);
+        at += view.stride[2];
       }
     }
     return;
   }
   __syncwarp();
 #pragma unroll
-  for (int j = 0; j < kRanks; j += 4) {
-    store_shared(rows + lane * kRowStride + j, row[j], row[j + 1], row[j + 2], row[j + 3]);
-  }
-  __syncwarp();
-  const int chunks = (r + kWidth - 1) / kWidth;
-  const float per_chunk = 1.0f / static_cast<float>(chunks);
-  for (int index = lane; index < 32 * chunks; index += 32) {
-    const int eight = index / 8, block = quotient(eight, per_chunk);
-    const int position = block * 8 + index % 8, j = (eight - block * chunks) * kWidth;
-    if (position >= positions) continue;
+  for (int step = 0; step < Part<T>::kSteps; ++step) {
+    const Part<T> part(lane, step);
+    if (part.position >= positions || part.rank >= r) continue;
     float values[kWidth];
 #pragma unroll
     for (int e = 0; e < kWidth; e += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(rows + position * kRowStride + j + e);
+      const float4 four = *reinterpret_cast<const float4*>(rows + part.position * kRowStride + part.rank + e);
       values[e] = four.x, values[e + 1] = four.y, values[e + 2] = four.z, values[e + 3] = four.w;
     }
-    T* const at = to + position * view.stride[1] + j * view.stride[2];
-    if (args.basis.aligned && j + kWidth <= r) {
+    T* const at = to + part.position * view.stride[1] + part.rank * view.stride[2];
+    if (args.basis.aligned && part.rank + kWidth <= r) {
       store_vector(at, values);
     } else {
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
-        if (j + e < r) at[e * view.stride[2]] = Storage<T>::narrow(values[e]);
+        if (part.rank + e < r) at[e * view.stride[2]] = Storage<T>::narrow(values[e]);
       }
     }
   }
+  __syncwarp();
 }
 
+// a · b from index `from` on, in two sums where there are many.
 template <int N>
 __device__ __forceinline__ float dot(const float (&a)[N], const float (&b)[N], int from = 0) {
   float even = 0, odd = 0;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (i < from) continue;
-    if ((i - from) % 2 == 0) {
-      even = fmaf(a[i], b[i], even);
-    } else {
+  for (int i = from; i < N; ++i) {
+    if (N > 8 && (i - from) % 2 == 1) {
       odd = fmaf(a[i], b[i], odd);
+    } else {
+      even = fmaf(a[i], b[i], even);
     }
   }
-  return even + odd;
+  return N > 8 ? even + odd : even;
 }
 
 // y = QR, as householder in team.cuh.
@@ -187,105 +216,161 @@ __device__ __forceinline__ void householder(float (&y)[K][kRanks], float (&tau)[
   }
 }
 
+// One-sided Jacobi: rotates the columns until they are orthogonal, the longer ones mostly first. A sweep after which no two are
+// worth another look is known by what it turned: let d be two columns' dot product before their turn, then what later turns
+// of the sweep bring back of it is at most d · (their tangents) ~ d² / gap, or d² by the lengths. norms: squared, at the end.
 template <int K>
 __device__ __forceinline__ void jacobi(float (&a)[K][K], float (&norms)[K]) {
-  float floor = 0;
-  for (int sweep = 0;; ++sweep) {
-    float total = 0;
+  constexpr float kSettled = 3e-7f;  // of d² over the products of squared lengths, or the square of half the gap
+  constexpr float kNoise = 1e-33f;   // of d² over ‖A‖⁴: nothing that counts has so little
+  float total = 0;
 #pragma unroll
-    for (int c = 0; c < K; ++c) {
-      norms[c] = dot(a[c], a[c]);
-      total += norms[c];
-    }
-    if (sweep == kMaxSweeps) break;
-    if (sweep == 0) floor = negligible(total);
-    bool swept = false;
+  for (int c = 0; c < K; ++c) {
+    norms[c] = dot(a[c], a[c]);
+    total += norms[c];
+  }
+  const float noise = kNoise * total * total;
+#pragma unroll 1
+  for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
+    float worst = -noise;
 #pragma unroll
     for (int round = 0; round < K; ++round) {
-      float products[K / 2 + 1];
-      bool needed[K / 2 + 1];
-      bool some = false;
 #pragma unroll
       for (int pair = 0; pair < meetings(K, round); ++pair) {
         const int p = column_of(K, meeting(K, round, pair).left), q = column_of(K, meeting(K, round, pair).right);
-        products[pair] = dot(a[p], a[q]);
-        needed[pair] = needs_turn(norms[p], norms[q], products[pair], floor);
-        some = some || needed[pair];
-      }
-      if (!some) continue;
-      swept = true;
-#pragma unroll
-      for (int pair = 0; pair < meetings(K, round); ++pair) {
-        const int p = column_of(K, meeting(K, round, pair).left), q = column_of(K, meeting(K, round, pair).right);
-        float pp = norms[p], qq = norms[q], cosine, sine;
-        find_turn(pp, qq, products[pair], cosine, sine);
-        cosine = needed[pair] ? cosine : 1.0f;
-        sine = needed[pair] ? sine : 0.0f;
-        norms[p] = needed[pair] ? pp : norms[p];
-        norms[q] = needed[pair] ? qq : norms[q];
+        const float along = dot(a[p], a[q]);
+        const Turn turn(norms[p], norms[q], along);
+        worst = fmaxf(worst, fmaf(-kSettled, fminf(norms[p] * norms[q], turn.gap2), along * along) - noise);
+        norms[p] = turn.longer;
+        norms[q] = turn.shorter;
 #pragma unroll
         for (int i = 0; i < K; ++i) {
-          const float pi = a[p][i], qi = a[q][i];
-          a[p][i] = fmaf(cosine, pi, sine * qi);
-          a[q][i] = fmaf(cosine, qi, -sine * pi);
+          const float about = fmaf(turn.half, a[q][i], a[p][i]);
+          a[q][i] = fmaf(-turn.sine, about, a[q][i]);
+          a[p][i] = fmaf(turn.half, a[q][i], about);
         }
       }
     }
-    if (!swept) break;
-  }
-  for (bool sorted = false; !sorted;) {  // mostly it is
-    sorted = true;
 #pragma unroll
-    for (int c = 0; c + 1 < K; ++c) {
-      if (norms[c + 1] > norms[c]) {
-        sorted = false;
-        const float upper = norms[c];
-        norms[c] = norms[c + 1];
-        norms[c + 1] = upper;
-#pragma unroll
-        for (int i = 0; i < K; ++i) {
-          const float left = a[c][i];
-          a[c][i] = a[c + 1][i];
-          a[c + 1][i] = left;
-        }
-      }
-    }
+    for (int c = 0; c < K; ++c) norms[c] = dot(a[c], a[c]);
+    if (worst <= 0) break;
   }
 }
 
-// Column c, c > 0 columns before it being orthonormal, becomes what is left of the unit vector that sticks out most of them.
+// Direction c, c > 0 before it being orthonormal, becomes what is left of the unit vector of the first k that sticks out most
+// of them (twice Gram–Schmidt).
 template <int K>
-__device__ __forceinline__ void complete(float (&a)[K][K], int k, int c) {
+__device__ void complete(const WarpTile<K>& tile, int k, int c) {
   int best = 0;
   float most = -1;
-#pragma unroll
-  for (int i = 0; i < K; ++i) {
+#pragma unroll 1
+  for (int i = 0; i < k; ++i) {
     float left = 1;
-#pragma unroll
-    for (int b = 0; b < K; ++b) {
-      if (b < c) left = fmaf(-a[b][i], a[b][i], left);
-    }
-    if (i < k && left > most + 1e-3f) {  // by a margin, so that rounding does not decide
+#pragma unroll 1
+    for (int b = 0; b < c; ++b) left = fmaf(-tile.direction(b, i), tile.direction(b, i), left);
+    if (left > most + 1e-3f) {  // by a margin, so that rounding does not decide
       most = left;
       best = i;
     }
   }
+  float column[K];
 #pragma unroll
-  for (int i = 0; i < K; ++i) a[c][i] = i == best ? 1.0f : 0.0f;
+  for (int i = 0; i < K; ++i) column[i] = i == best ? 1.0f : 0.0f;
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
+#pragma unroll 1
+    for (int b = 0; b < c; ++b) {
+      float before[K];
 #pragma unroll
-    for (int b = 0; b < K; ++b) {
-      if (b < c) {
-        const float along = dot(a[b], a[c]);
+      for (int i = 0; i < K; ++i) before[i] = tile.direction(b, i);
+      const float along = dot(before, column);
 #pragma unroll
-        for (int i = 0; i < K; ++i) a[c][i] = fmaf(-along, a[b][i], a[c][i]);
+      for (int i = 0; i < K; ++i) column[i] = fmaf(-along, before[i], column[i]);
+    }
+    const float inverse = exact_rsqrt(dot(column, column));
+#pragma unroll
+    for (int i = 0; i < K; ++i) column[i] *= inverse;
+  }
+#pragma unroll
+  for (int i = 0; i < K; ++i) tile.direction(c, i) = column[i];
+}
+
+// Whether the largest |y| leaves room on both sides for what is summed and squared on the way.
+__device__ __forceinline__ bool within(uint32_t largest, int low, int high) {
+  const int power = static_cast<int>(largest >> 23) - 127;
+  return power >= low && power < high;
+}
+
+// y, the Helmert reduction of the own position's x, and its mean, to `row`; the largest |y| as its bits. As centre in
+// compress.cu: the first task's vector goes first, then the mean, then what the mean rounded off.
+template <int K>
+__device__ __forceinline__ uint32_t centre(const CompressThread& args, const WarpTile<K>& tile, int ranks,
+                                           float (&y)[K][kRanks], float* row) {
+  const int n = args.n;
+  const float share = 1.0f / static_cast<float>(n);
+  uint32_t largest = 0;
+#pragma unroll
+  for (int j = 0; j < kRanks; j += 4) {
+    float mean[4] = {};
+#pragma unroll
+    for (int c = 0; c < K; ++c) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) y[c][j + e] = 0;
+    }
+    if (j < ranks) {
+      float x[K + 1][4];
+      tile.load(n, j, x);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float offset = x[0][e];
+        float sum = 0;
+#pragma unroll
+        for (int i = 1; i <= K; ++i) {
+          x[i][e] = i < n ? x[i][e] - offset : 0.0f;
+          sum += x[i][e];
+        }
+        const float about = share * sum;
+        sum = -about;
+#pragma unroll
+        for (int i = 1; i <= K; ++i) {
+          x[i][e] = i < n ? x[i][e] - about : 0.0f;
+          sum += x[i][e];
+        }
+        const float rest = share * sum;
+        mean[e] = offset + (about + rest);
+        const float lift = fmaf(args.spread, -about - rest, -rest);
+#pragma unroll
+        for (int i = 1; i <= K; ++i) {
+          y[i - 1][j + e] = i < n ? x[i][e] + lift : 0.0f;
+          largest = max(largest, magnitude_bits(y[i - 1][j + e]));
+        }
       }
     }
-    const float inverse = exact_rsqrt(dot(a[c], a[c]));
-#pragma unroll
-    for (int i = 0; i < K; ++i) a[c][i] *= inverse;
+    store_shared(row + j, mean[0], mean[1], mean[2], mean[3]);
   }
+  return largest;
+}
+
+// The largest |value| of u is to be positive, as stored, the lowest index on ties.
+__device__ __forceinline__ bool points_down(const float (&u)[kRanks], float factor, Dtype stored) {
+  float high = u[0], low = u[0];
+#pragma unroll
+  for (int j = 1; j < kRanks; ++j) {
+    high = fmaxf(high, u[j]);
+    low = fminf(low, u[j]);
+  }
+  high = as_stored(stored, high * factor);
+  low = as_stored(stored, low * factor);
+  bool down = -low > high;
+  if (-low == high) {
+    float peak = 0;
+#pragma unroll
+    for (int j = 0; j < kRanks; ++j) {
+      if (peak == 0 && fabsf(as_stored(stored, u[j] * factor)) == high) peak = u[j];
+    }
+    down = peak < 0;
+  }
+  return down;
 }
 
 template <int K>
@@ -295,103 +380,46 @@ __device__ __forceinline__ void compress_warp(const CompressThread& args, float*
   const Dtype dtype = args.x.view.dtype;
   const int64_t left = args.x.view.size[1] - first;
   const int positions = left < 32 ? static_cast<int>(left) : 32;
-  const bool flat = args.x.positions_inside;
-  const WarpTile tile{memory + 32 * kRowStride, lane, ranks, flat ? 1 : position_floats(n, ranks), flat ? 32 : 1};
+  float* const row = memory + lane * kRowStride;
+  const WarpTile<K> tile{memory + 32 * kRowStride, lane, args.x.positions_inside};
   with_dtype(dtype, [&](auto element) { load_warp<decltype(element)>(args, tile, first, positions); });
   __syncwarp();
 
-  uint32_t largest = 0;
-#pragma unroll 2
-  for (int i = 0; i < n; ++i) {
-    for (int j = 0; j < ranks; j += 4) {
-      float values[4];
-      tile.load(i, j, values);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) largest = max(largest, magnitude_bits(values[e]));
-    }
+  float y[K][kRanks];
+  uint32_t largest;
+  float down1 = 1, down2 = 1, spoil = 0;  // what was divided by, in two factors; NaN spoils all where an entry is not finite
+  bool scaled = false;
+#pragma unroll 1
+  while (true) {
+    largest = centre(args, tile, ranks, y, row);
+    if (scaled || within(largest, -64, 64)) break;
+    // Sums of so large values may overflow, differences of so small ones lose bits: once more, with x scaled.
+    uint32_t largest_x = 0;
+    tile.each(n, ranks, [&](float& value) { largest_x = max(largest_x, magnitude_bits(value)); });
+    const bool finite = is_finite(largest_x);
+    const Scale scale = scale_of(finite ? largest_x : 0);
+    tile.each(n, ranks, [&](float& value) { value = finite ? value * scale.up1 * scale.up2 : 0.0f; });
+    down1 = scale.down1;
+    down2 = scale.down2;
+    spoil = finite ? 0.0f : __int_as_float(0x7fffffff);
+    scaled = true;
   }
-  const bool finite = is_finite(largest);
-  const float spoil = finite ? 0.0f : __int_as_float(0x7fffffff);  // NaN in what is not finite spoils all of it
-  const Scale scale = scale_of(finite ? largest : 0);
-
-  // As centre in compress.cu: first task, mean, and what the mean rounded off.
-  float y[K][kRanks], mean[kRanks];
-  const float share = 1.0f / static_cast<float>(n);
-  largest = 0;
-#pragma unroll
-  for (int j = 0; j < kRanks; j += 4) {
-    float x[K + 1][4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) mean[j + e] = 0;
+  if (scaled) {
+#pragma unroll 1
+    for (int j = 0; j < kRanks; ++j) row[j] = row[j] * down2 * down1 + spoil;
+  }
+  with_dtype(dtype, [&](auto element) { store_rows<decltype(element)>(args, memory, lane, first, positions, 0); });
+  if (!within(largest, -2, 12)) {  // what tells the tasks apart may be much smaller than what they share
+    const Scale centred = scale_of(largest);
+    down1 *= centred.down2;
 #pragma unroll
     for (int c = 0; c < K; ++c) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) y[c][j + e] = 0;
-    }
-    if (j >= ranks) continue;
-#pragma unroll
-    for (int i = 0; i <= K; ++i) {
-      if (i < n && finite) {
-        tile.load(i, j, x[i]);
-      } else {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[i][e] = 0;
-      }
-    }
-    if (scale.up1 != 1.0f) {
-#pragma unroll
-      for (int i = 0; i <= K; ++i) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[i][e] *= scale.up1;
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float offset = x[0][e] * scale.up2;
-      float sum = 0;
-#pragma unroll
-      for (int i = 1; i <= K; ++i) {
-        x[i][e] = i < n ? fmaf(x[i][e], scale.up2, -offset) : 0.0f;  // the product is exact
-        sum += x[i][e];
-      }
-      const float about = share * sum;
-      sum = -about;
-#pragma unroll
-      for (int i = 1; i <= K; ++i) {
-        x[i][e] = i < n ? x[i][e] - about : 0.0f;
-        sum += x[i][e];
-      }
-      const float rest = share * sum;
-      mean[j + e] = (offset + (about + rest)) * scale.down2 * scale.down1 + spoil;
-      x[0][e] = -about - rest;
-#pragma unroll
-      for (int i = 1; i <= K; ++i) {
-        x[i][e] -= rest;
-        y[i - 1][j + e] = i < n ? fmaf(args.spread, x[0][e], x[i][e]) : 0.0f;
-        largest = max(largest, magnitude_bits(y[i - 1][j + e]));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i <= K; ++i) {
-      if (i < n) tile.store(i, j, x[i]);
-    }
-  }
-  with_dtype(dtype, [&](auto element) { store_row<decltype(element)>(args, memory, lane, first, positions, 0, mean); });
-  const Scale centred = scale_of(largest);
-#pragma unroll
-  for (int c = 0; c < K; ++c) {
-#pragma unroll
-    for (int j = 0; j < kRanks; ++j) y[c][j] *= centred.up2;
-  }
-  if (centred.up1 != 1.0f) {
-#pragma unroll
-    for (int c = 0; c < K; ++c) {
-#pragma unroll
-      for (int j = 0; j < kRanks; ++j) y[c][j] *= centred.up1;
+      for (int j = 0; j < kRanks; ++j) y[c][j] *= centred.up2;
     }
   }
 
-  float tau[K], diagonal[K], core[K][K], norms[K], energy[K];
+  float tau[K], diagonal[K], core[K][K], norms[K];
   householder(y, tau, diagonal);
 #pragma unroll
   for (int c = 0; c < K; ++c) {
@@ -399,110 +427,103 @@ __device__ __forceinline__ void compress_warp(const CompressThread& args, float*
     for (int i = 0; i < K; ++i) core[c][i] = i < c ? y[c][i] : i == c ? diagonal[c] : 0.0f;
   }
   jacobi(core, norms);
-  // energy[c] = ‖Yᵀu‖² with u along the core's column c; the columns' own norms carry what all rotations rounded.
+
+  // To shared memory, by falling norm. All lanes have read their x, which lay across.
+  __syncwarp();
+  float longest = 0;
+#pragma unroll
+  for (int c = 0; c < K; ++c) longest = fmaxf(longest, norms[c]);
+  int live = 0;  // columns, the first ones, whose σ is not negligible
 #pragma unroll
   for (int c = 0; c < K; ++c) {
-    float square = 0;
-#pragma unroll
-    for (int i = 0; i < K; ++i) {
-      float along = diagonal[i] * core[c][i];
-#pragma unroll
-      for (int j = 0; j < i; ++j) along = fmaf(y[i][j], core[c][j], along);  // (Rᵀu)_i
-      square = fmaf(along, along, square);
-    }
-    const bool live = norms[c] > kDeficient * kDeficient * norms[0] && norms[c] > kTiny;
-    energy[c] = (live ? square / norms[c] : norms[c]) * centred.down2 * centred.down2 * centred.down1 * centred.down1;
-  }
-
-  uint32_t kept = 0;  // bit c: σ_c is not negligible
-#pragma unroll
-  for (int c = 0; c < K; ++c) {
-    if (c >= p || c >= k) break;
-    if (norms[c] > kDeficient * kDeficient * norms[0] && norms[c] > kTiny) {
-      kept |= 1u << c;
-      const float inverse = exact_rsqrt(norms[c]);
-#pragma unroll
-      for (int i = 0; i < K; ++i) core[c][i] *= inverse;
-#pragma unroll
-      for (int b = 0; b < c; ++b) {
-        const float along = dot(core[b], core[c]);
-#pragma unroll
-        for (int i = 0; i < K; ++i) core[c][i] = fmaf(-along, core[b][i], core[c][i]);
-      }
-    } else {
-      complete(core, k, c);
-    }
-  }
-
-#pragma unroll 1
-  for (int c = 0; c < p; ++c) {
-    float u[kRanks];
-#pragma unroll
-    for (int j = 0; j < kRanks; ++j) u[j] = j == c ? 1.0f : 0.0f;
+    int place = 0;
 #pragma unroll
     for (int b = 0; b < K; ++b) {
-      if (b == c && b < k) {
-#pragma unroll
-        for (int j = 0; j < K; ++j) u[j] = core[b][j];
-      }
+      if (b != c) place += (b < c ? norms[b] >= norms[c] : norms[b] > norms[c]) ? 1 : 0;
     }
-    // Q u, a Newton step towards norm 1, and the sign: the largest |component| as stored is positive, the lowest index on ties.
+    live += norms[c] > kDeficient * kDeficient * longest && norms[c] > kTiny ? 1 : 0;
+    const float inverse = exact_rsqrt(fmaxf(norms[c], kTiny));
+#pragma unroll
+    for (int i = 0; i < K; ++i) tile.direction(place, i) = core[c][i] * inverse;
+    tile.direction(K, place) = norms[c];
+  }
+#pragma unroll 1
+  for (int c = live; c < p && c < k; ++c) complete(tile, k, c);
+
+  float* const energies = tile.memory + (K + 1) * K * 32;
+  float energy = 3e38f;
+#pragma unroll 1
+  for (int c = 0; c < p || c < k; ++c) {
+    float w[K], along[K], square = 0, sum = 0;
+#pragma unroll
+    for (int i = 0; i < K; ++i) w[i] = c < k ? tile.direction(c, i) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < K; ++i) {  // (Rᵀw)_i = (Yᵀu)_i: the columns' own norms carry what all rotations rounded
+      along[i] = diagonal[i] * w[i];
+#pragma unroll
+      for (int j = 0; j < i; ++j) along[i] = fmaf(y[i][j], w[j], along[i]);
+      square = fmaf(along[i], along[i], square);
+      sum += along[i];
+    }
+    if (c < k) {
+      energy = fminf(energy, c < live ? square : tile.direction(K, c));  // equal ones may differ by a rounding
+      energies[lane * (k | 1) + c] = energy * down1 * down2 * down1 * down2 + spoil;
+    }
+    if (c >= p) continue;
+
+    float u[kRanks];
+#pragma unroll
+    for (int j = 0; j < kRanks; ++j) u[j] = j < K ? w[j < K ? j : 0] : 0.0f;
+    if (c >= k) {
+#pragma unroll
+      for (int j = 0; j < kRanks; ++j) u[j] = j == c ? 1.0f : 0.0f;
+    }
+    // Qu, and a Newton step towards norm 1.
 #pragma unroll
     for (int j = K - 1; j >= 0; --j) {
       const float step = tau[j] * dot(y[j], u, j);
 #pragma unroll
       for (int i = j; i < kRanks; ++i) u[i] = fmaf(-step, y[j][i], u[i]);
     }
-    float factor = fmaf(-0.5f, dot(u, u), 1.5f), peak = 0;
+    float factor = fmaf(-0.5f, dot(u, u), 1.5f);
+    if (points_down(u, factor, dtype)) factor = -factor;
 #pragma unroll
-    for (int j = 0; j < kRanks; ++j) {
-      const float value = as_stored(dtype, u[j] * factor);
-      peak = fabsf(value) > fabsf(peak) ? value : peak;
-    }
-    if (peak < 0) factor = -factor;
+    for (int j = 0; j < kRanks; ++j) u[j] = fmaf(u[j], factor, spoil);  // + 0: no −0
 #pragma unroll
-    for (int j = 0; j < kRanks; ++j) u[j] = u[j] * factor + 0.0f;  // + 0: no −0
+    for (int j = 0; j < kRanks; j += 4) store_shared(row + j, u[j], u[j + 1], u[j + 2], u[j + 3]);
+    with_dtype(dtype, [&](auto element) { store_rows<decltype(element)>(args, memory, lane, first, positions, c + 1); });
 
-    float square = 0;
-    const bool live = kept >> c & 1;
-    int64_t at = c * args.coeff.stride[1] + first + lane;
-#pragma unroll 1
-    for (int i = 0; i < n; ++i) {
-      float even = 0, odd = 0;
+    // Σ y_i = √n x_0 and y_i = x_i + x_0 / (√n − 1).
+    const float head = args.share * sum, lift = args.spread * head, down = c < live ? copysignf(down2, factor) : 0.0f;
+    if (lane < positions) {
+      with_dtype(dtype, [&](auto element) {
+        using Element = decltype(element);
+        Element* at = reinterpret_cast<Element*>(args.coeff.data) + c * args.coeff.stride[1] + first + lane;
+        *at = Storage<Element>::narrow(fmaf(head * down1, down, spoil));
 #pragma unroll
-      for (int j = 0; j < kRanks; j += 4) {
-        if (j < ranks) {
-          float values[4];
-          tile.load(i, j, values);
-          even = fmaf(values[2], u[j + 2], fmaf(values[0], u[j], even));
-          odd = fmaf(values[3], u[j + 3], fmaf(values[1], u[j + 1], odd));
+        for (int i = 0; i < K; ++i) {
+          if (i >= k) break;
+          at += args.coeff.stride[0];
+          *at = Storage<Element>::narrow(fmaf((along[i] - lift) * down1, down, spoil));
         }
-      }
-      const float along = live ? even + odd : 0.0f;
-      square = fmaf(along, along, square);
-      if (lane < positions) store_as(dtype, args.coeff.data, at, along * scale.down2 * scale.down1 + spoil);
-      at += args.coeff.stride[0];
+      });
     }
-#pragma unroll
-    for (int b = 0; b < K; ++b) energy[b] = b == c && live ? square : energy[b];
-#pragma unroll
-    for (int j = 0; j < kRanks; ++j) u[j] += spoil;
-    with_dtype(dtype, [&](auto element) { store_row<decltype(element)>(args, memory, lane, first, positions, c + 1, u); });
   }
 
   __syncwarp();
-#pragma unroll
-  for (int c = 0; c < K; ++c) {
-    if (c > 0) energy[c] = fminf(energy[c], energy[c - 1]);  // equal ones may differ by a rounding
-    if (c < k) memory[lane * k + c] = energy[c] * scale.down2 * scale.down2 * scale.down1 * scale.down1 + spoil;
+  float* const to = reinterpret_cast<float*>(args.energy.data) + first * k;
+  const float per_position = 1.0f / static_cast<float>(k);
+  for (int index = lane; index < positions * k; index += 32) {
+    const int position = quotient(index, per_position);
+    to[index] = energies[position * (k | 1) + index - position * k];
   }
-  __syncwarp();
-  float* const energies = reinterpret_cast<float*>(args.energy.data) + first * k;
-  for (int index = lane; index < positions * k; index += 32) energies[index] = memory[index];
 }
 
 // Warps each take 32 positions.
 constexpr int kWarps = 2;
+
+template <int K>
+constexpr int kWarpFloats = 32 * kRowStride + WarpTile<K>::kFloats;
 
 template <int K>
 __global__ void __launch_bounds__(32 * kWarps) compress_thread(const __grid_constant__ CompressThread args) {
@@ -510,21 +531,23 @@ __global__ void __launch_bounds__(32 * kWarps) compress_thread(const __grid_cons
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * 32;
   if (first >= args.x.view.size[1]) return;
-  const int ranks = (static_cast<int>(args.x.view.size[2]) + 3) / 4 * 4;
-  const int floats = 32 * (kRowStride + position_floats(args.n, ranks));
-  compress_warp<K>(args, reinterpret_cast<float*>(shared_memory) + warp * floats, first);
+  compress_warp<K>(args, reinterpret_cast<float*>(shared_memory) + warp * kWarpFloats<K>, first);
 }
 
 // The most columns n − 1: registers do not hold 8.
 constexpr int kThreadColumns = 7;
 
+template <int K>
+void launch_thread(const Queue& queue, const CompressThread& args) {
+  const Grid grid{blocks(args.x.view.size[1], 32 * kWarps), 32 * kWarps, sizeof(float) * kWarps * kWarpFloats<K>};
+  queue.launch(grid, compress_thread<K>, args);
+}
+
 // n − 1 columns, in room for the next of 4, 6 and 7.
 inline void launch_thread(const Queue& queue, const CompressThread& args) {
-  const int ranks = (static_cast<int>(args.x.view.size[2]) + 3) / 4 * 4, k = args.n - 1;
-  const Grid grid{blocks(args.x.view.size[1], 32 * kWarps), 32 * kWarps,
-                  sizeof(float) * kWarps * 32 * (kRowStride + position_floats(args.n, ranks))};
-  const auto kernel = k <= 4 ? compress_thread<4> : k <= 6 ? compress_thread<6> : compress_thread<7>;
-  queue.launch(grid, kernel, args);
+  const int k = args.n - 1;
+  const auto launch = k <= 4 ? launch_thread<4> : k <= 6 ? launch_thread<6> : launch_thread<7>;
+  launch(queue, args);
 }
 
 }  // namespace rmm

@@ -39,6 +39,19 @@ __device__ __forceinline__ float quick_rsqrt(float x) {
   return y;
 }
 
+__device__ __forceinline__ float quick_root(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// a / b for b of normal size.
+__device__ __forceinline__ float quick_ratio(float a, float b) {
+  float y;
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 // 1/√x to an ulp or so.
 __device__ __forceinline__ float exact_rsqrt(float x) {
   const float y = quick_rsqrt(x);
@@ -82,6 +95,27 @@ __device__ __forceinline__ void find_turn(float& pp, float& qq, float pq, float&
   cosine = swap ? fabsf(small) : large;
   sine = swap ? copysignf(large, pq) : small;
 }
+
+// The rotation that makes two columns of squared norms pp and qq and dot product `along` orthogonal, p the longer one, as three
+// shears: p += half · q, q −= sine · p, p += half · q. How exact it is does not matter: the columns are measured again, and
+// what multiplies them from the right leaves their left singular vectors alone.
+struct Turn {
+  float half, sine, longer, shorter, gap2;
+  __device__ __forceinline__ Turn(float pp, float qq, float along) {
+    longer = fmaxf(pp, qq);
+    shorter = fminf(pp, qq);
+    const float gap = longer - shorter, twice = along + along;
+    gap2 = fmaf(gap, gap, kTiny);
+    const float tangent = quick_ratio(twice, gap + quick_root(fmaf(twice, twice, gap2)));
+    const float large = quick_rsqrt(fmaf(tangent, tangent, 1.0f)), small = tangent * large;
+    const bool swap = qq > pp;
+    const float cosine = swap ? small : large;
+    sine = swap ? large : small;
+    half = quick_ratio(sine, 1.0f + cosine);
+    longer = fmaf(along, tangent, longer);
+    shorter = fmaf(-along, tangent, shorter);
+  }
+};
 
 // Odd-even order: `columns` columns in a row, in each of `columns` rounds neighbours meet and trade places, so that in the end
 // all have met; pairs of a round share no column. Columns move like beads on a ring of twice that length, and a column's slot
