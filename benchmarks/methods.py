@@ -1,13 +1,21 @@
-"""PT-SVD's and LoRE's speed beside plain torch, accuracy checked first.
+"""PT-SVD's and LoRE's speed and accuracy beside plain torch, and OSRM's memory.
 
-python -m benchmarks.methods pt_svd --adapters ../shared/adapters
-python -m benchmarks.methods lore --adapters ../shared/adapters
+    python -m benchmarks.methods pt_svd --adapters ../shared/adapters
+    python -m benchmarks.methods lore --adapters ../shared/adapters
+    python -m benchmarks.methods osrm
+
+Every run replaces its rows in the output file.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+import re
+import resource
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,10 +25,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rmm_kernels import load_adapter
-from rmm_kernels.methods import Settings, lore_adapters
+from rmm_kernels.methods import Settings, covariances, lore_adapters
 from rmm_kernels.methods.pt_svd import low_rank
 
 from .timing import stopwatch
+
+HERE = Path(__file__).resolve().parent
 
 
 def with_spectrum(m: int, k: int, sigma: Tensor) -> Tensor:
@@ -35,38 +45,56 @@ def spectra(size: int) -> dict[str, Tensor]:
     return {"i^-0.25": (index + 1) ** -0.25, "i^-1": 1 / (index + 1), "clustered": clusters}
 
 
-def pt_svd(arguments: argparse.Namespace) -> None:
-    """One matrix at a time: excess of ‖A − U S Vᵀ‖ over the optimum by ‖A‖, and times."""
+def deltas(adapters: Path) -> Iterator[tuple[str, Tensor]]:
+    """The two full fine-tunes' changes: every layer of a shape, [layers, out, in]."""
+    for task in ("desc_pair", "wordnet_supersense"):
+        by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+        for delta in load_file(adapters / "tasks" / task / "full_delta.safetensors").values():
+            by_shape.setdefault(tuple(delta.shape), []).append(delta.float())
+        for (m, k), layers in by_shape.items():
+            yield f"{task}, {len(layers)} x {m} x {k}", torch.stack(layers)
+
+
+def pt_svd(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Excess of ‖A − U S Vᵀ‖ over the optimum by ‖A‖, the worst of a batch, and times for the batch."""
     rank = arguments.rank
-    matrices: dict[str, Tensor] = {}
+    matrices = dict(deltas(arguments.adapters)) if arguments.adapters else {}
     for m, k in arguments.sizes:
-        matrices.update({f"{m} x {k}, {name}": with_spectrum(m, k, sigma) for name, sigma in spectra(min(m, k)).items()})
-    if arguments.adapters:
-        for task in ("desc_pair", "wordnet_supersense"):
-            deltas = load_file(arguments.adapters / "tasks" / task / "full_delta.safetensors")
-            for module in ("encoder.layer.3.attention.self.query", "encoder.layer.3.intermediate.dense"):
-                delta = deltas[f"{module}.weight"].float()
-                matrices[f"{task}, {delta.shape[0]} x {delta.shape[1]}"] = delta
+        for name, sigma in spectra(min(m, k)).items():
+            matrices[f"{m} x {k}, {name}"] = with_spectrum(m, k, sigma)[None]
+    rows = []
     print(f"| rank {rank} | excess | ms | torch.linalg.svd | × | torch.svd_lowrank(q=2k, niter=4) | our time by its |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for name, a in matrices.items():
-        u, s, vh = (part[0].double() for part in low_rank(a[None], rank))
-        values, full = stopwatch(lambda a=a: torch.linalg.svd(a, full_matrices=False).S)
-        wide = a.double()
-        short = wide @ wide.mT if a.shape[0] <= a.shape[1] else wide.mT @ wide
-        del values
-        optimum = float(torch.linalg.eigvalsh(short)[:-rank].clamp(min=0).sum().sqrt())
-        excess = (float((wide - (u * s) @ vh).norm()) - optimum) / float(wide.norm())
-        ours, peer = [], []
+        if not re.search(arguments.only, name):
+            continue
+        contenders: dict[str, Callable[[], Any]] = {
+            "ours": lambda a=a: low_rank(a, rank),
+            "svd_lowrank": lambda a=a: torch.svd_lowrank(a, q=2 * rank, niter=4),
+            "svd_lowrank, one by one": lambda a=a: [torch.svd_lowrank(x, q=2 * rank, niter=4) for x in a],
+        }
+        u, s, vh = (part.double() for part in contenders["ours"]())
+        torch.linalg.svd(a[0, :200, :200])
+        _, full = stopwatch(lambda a=a: torch.linalg.svd(a, full_matrices=False))
+        times: dict[str, list[float]] = {contender: [] for contender in contenders}
         for _ in range(arguments.rounds):
-            ours.append(stopwatch(lambda a=a: low_rank(a[None], rank))[1])
-            peer.append(stopwatch(lambda a=a: torch.svd_lowrank(a, q=2 * rank, niter=4))[1])
-        mine, theirs = median(ours), median(peer)
+            for contender, call in contenders.items():
+                times[contender].append(stopwatch(call)[1])
+        mine = median(times["ours"])
+        theirs = min(median(times["svd_lowrank"]), median(times["svd_lowrank, one by one"]))
+        wide = a.double()
+        short = wide @ wide.mT if a.shape[1] <= a.shape[2] else wide.mT @ wide
+        optimum = torch.linalg.eigvalsh(short)[:, :-rank].clamp(min=0).sum(1).sqrt()
+        wrong = torch.linalg.matrix_norm(wide - (u * s[:, None]) @ vh)
+        excess = float(((wrong - optimum) / torch.linalg.matrix_norm(wide)).max())
+        rows.append({"matrix": name, "rank": rank, "excess": excess, "ms": mine * 1e3, "svd_ms": full * 1e3})
+        rows[-1] |= {"svd_lowrank_ms": theirs * 1e3, "times_svd": full / mine, "by_svd_lowrank": mine / theirs}
         print(
             f"| {name} | {excess:.1e} | {mine * 1e3:.1f} | {full * 1e3:.0f} | {full / mine:.1f} "
             f"| {theirs * 1e3:.1f} | {mine / theirs:.2f} |",
             flush=True,
         )
+    return rows
 
 
 def plain_lore(theta: Tensor, mu: float, iterations: int) -> Tensor:
@@ -79,7 +107,7 @@ def plain_lore(theta: Tensor, mu: float, iterations: int) -> Tensor:
     return shared + delta.mean(0)
 
 
-def lore(arguments: argparse.Namespace) -> None:
+def lore(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     paths = sorted(arguments.adapters.glob("tasks/*/lora_r16"))
     names = [path.parent.name for path in paths]
     adapters = [load_adapter(path, name) for path, name in zip(paths, names, strict=True)]
@@ -94,19 +122,51 @@ def lore(arguments: argparse.Namespace) -> None:
         return found
 
     modules = adapters[0].modules
+    part = modules[:6]  # one layer, of which the others have the same shapes
+    lore_adapters(adapters, Settings(iterations=1))
     merged, ours = stopwatch(lambda: lore_adapters(adapters, settings))
-    _, theirs = stopwatch(dense, torch.float32, modules)
+    exact, theirs = stopwatch(dense, torch.float64, part)
+    _, single = stopwatch(dense, torch.float32, part)
+    layers = len(modules) / len(part)
     worst = 0.0
-    for module, exact in dense(torch.float64, modules[:3]).items():
+    for module, expected in exact.items():
         factors = merged.factors[module]
         got = factors.scaling * (factors.lora_b.double() @ factors.lora_a.double())
-        worst = max(worst, float((got - exact).norm() / exact.norm()))
-    falls = all(b <= a * (1 + 1e-12) for a, b in zip(merged.objective, merged.objective[1:], strict=False))
+        worst = max(worst, float((got - expected).norm() / expected.norm()))
+    falls = all(b <= a * (1 + 1e-12) for a, b in pairwise(merged.objective))
+    row = {
+        "modules": len(modules),
+        "tasks": len(paths),
+        "iterations": settings.iterations,
+        "seconds": ours,
+        "svd_fp64_seconds": theirs * layers,
+        "svd_fp32_seconds": single * layers,
+        "difference": worst,
+        "falls": falls,
+        "objective": merged.objective,
+    }
     print(f"{len(modules)} modules x {len(paths)} tasks, {settings.iterations} iterations, {torch.get_num_threads()} threads")
-    print(f"ours {ours:.2f} s, full SVDs in fp32 {theirs:.2f} s: {theirs / ours:.1f} times faster")
-    print(
-        f"relative difference from full SVDs in fp64, of 3 modules: {worst:.1e}; objective {merged.objective}, falls: {falls}"
-    )
+    print(f"ours {ours:.2f} s; full SVDs of dense ΔW, from one layer of {layers:g}:")
+    print(f"fp64 {theirs * layers:.1f} s, {theirs * layers / ours:.1f} ×; fp32 {single * layers:.1f} s, ", end="")
+    print(f"{single * layers / ours:.1f} ×; relative difference from fp64 {worst:.1e}; the objective falls: {falls}")
+    return [row]
+
+
+def osrm(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the hooks hold, and the process at its largest, after more and more samples."""
+    layer = torch.nn.Linear(1024, 8)
+    rows = []
+    with covariances({"layer": layer}) as (found, _), torch.no_grad():
+        for target in (1_000, 10_000, 100_000):
+            generator = torch.Generator().manual_seed(target)
+            begin = time.perf_counter()
+            while found["layer"].count < target:
+                layer(torch.randn(500, 1024, generator=generator))
+            held = found["layer"].second.nbytes + found["layer"].first.nbytes
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            rows.append({"vectors": target, "held_bytes": held, "peak_mb": peak, "seconds": time.perf_counter() - begin})
+            print(f"{target} vectors of 1024: held {held} bytes, the process at most {peak:.0f} MB")
+    return rows
 
 
 def _size(text: str) -> Any:
@@ -115,17 +175,29 @@ def _size(text: str) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pt_svd", "lore"))
+    parser.add_argument("what", choices=("pt_svd", "lore", "osrm"))
     parser.add_argument("--adapters", type=Path, help="directory that holds tasks/")
     parser.add_argument("--sizes", nargs="*", type=_size, default=[(1024, 2752)], metavar="MxK")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only matrices of PT-SVD whose name matches")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "methods.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    run: Callable[[argparse.Namespace], None] = pt_svd if arguments.what == "pt_svd" else lore
-    run(arguments)
+    runs: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {"pt_svd": pt_svd, "lore": lore, "osrm": osrm}
+    rows = runs[arguments.what](arguments)
+    for row in rows:
+        row |= {"threads": arguments.threads, "torch": torch.__version__}
+    stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    old = {_key(row): row for row in stored.get(arguments.what, [])}
+    stored[arguments.what] = list({**old, **{_key(row): row for row in rows}}.values())
+    arguments.output.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("matrix", "rank", "threads", "vectors"))
 
 
 if __name__ == "__main__":

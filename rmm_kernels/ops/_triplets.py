@@ -1,0 +1,132 @@
+"""Singular triplets out of a subspace, and the guards on what an iteration found.
+
+Vectors are rows, so that every product is one of row-major matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The most that ‖UᵀU − I‖, ‖VᵀV − I‖ may be, and ‖A v − σ u‖ / σ₁ of any triplet where those are asked for.
+_ORTHONORMAL = 5e-6
+_RESIDUAL = 5e-6
+
+EXCESS = 7e-7
+"""The most that ‖A − U S Vᵀ‖ may exceed the least possible, in units of ‖A‖, as estimated: 1e-6 with the estimate's error."""
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """Of b matrices."""
+
+    u: Tensor  # [b, rank, m]
+    s: Tensor  # [b, rank], fp64
+    v: Tensor  # [b, rank, d]
+
+    def __getitem__(self, rows: Tensor) -> Triplets:
+        return Triplets(self.u[rows], self.s[rows], self.v[rows])
+
+
+def triplets(u: Tensor, image: Tensor) -> Triplets:
+    """Of the best approximation within the rows u [b, rank, m], orthonormal; image is u A [b, rank, d]."""
+    v, lower = orthonormalise(image)
+    usable = lower.isfinite().all(2).all(1)
+    turn, s, back = torch.linalg.svd(torch.where(usable[:, None, None], lower, 0.0))
+    s = torch.where(usable[:, None], s, torch.nan)
+    return Triplets(turn.mT.to(u.dtype) @ u, s, back.to(v.dtype) @ v)
+
+
+def passed(a: Tensor, found: Triplets, size: Tensor, beyond: Tensor) -> Tensor:
+    """Whether U S V approximates matrices a [b, m, d] as it should, by its own residuals, [b].
+
+    Args:
+        size: ‖A‖² [b].
+        beyond: the square of a singular value behind the last of those sought, as far as is known [b].
+    """
+    lost = excess(found.s.square(), found.s * residual(a, found), size, beyond)
+    return orthonormal(found) & (lost <= EXCESS * size.sqrt())
+
+
+def residual(a: Tensor, found: Triplets) -> Tensor:
+    """‖A v − σ u‖ [b, rank], fp64. ‖Aᵀu − σ v‖ is rounding: that is how v was made."""
+    difference = found.v.to(a.dtype) @ a.mT - found.u.to(a.dtype) * found.s[..., None].to(a.dtype)
+    return torch.linalg.vector_norm(difference, dim=2).double()
+
+
+def converged(a: Tensor, found: Triplets) -> Tensor:
+    """[b]: ‖A v − σ u‖ ≤ 5e-6 σ₁ for every triplet."""
+    return residual(a, found).amax(1) <= _RESIDUAL * found.s[:, 0]
+
+
+def excess(energies: Tensor, off: Tensor, size: Tensor, beyond: Tensor) -> Tensor:
+    """How much ‖A − U S Vᵀ‖ exceeds the least possible [b], from Ritz values `energies` [b, rank] of AAᵀ, in fp64.
+
+    A Ritz value θ with residual ‖AAᵀu − θu‖ = `off` [b, rank] is below its eigenvalue by about off² / (θ − `beyond`), and by no
+    more than off (Parlett, The Symmetric Eigenvalue Problem, 11.7). Near convergence the estimate was within a third of the
+    truth on slow, steep and clustered spectra and on random matrices.
+    """
+    gap = (energies - beyond[:, None]).clamp(min=1e-300)
+    lost = torch.minimum(off, off.square() / gap).sum(1)
+    wrong = (size - energies.sum(1)).clamp(min=0)
+    return wrong.sqrt() - (wrong - lost).clamp(min=0).sqrt()
+
+
+def orthonormal(found: Triplets) -> Tensor:
+    """[b]; False for NaN."""
+
+    def deviation(basis: Tensor) -> Tensor:
+        wide = basis.double()
+        one = torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device)
+        return torch.linalg.matrix_norm(wide @ wide.mT - one)
+
+    return (deviation(found.u) <= _ORTHONORMAL) & (deviation(found.v) <= _ORTHONORMAL)
+
+
+def orthonormalise(w: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q, L) of rows, w = L Q: shifted CholeskyQR with the Gram matrix in fp64, then once more (arXiv 1809.11085).
+
+    Rows that depend on the others come out wrong, or NaN, and the guard on orthonormality sees it.
+    """
+    work = w.double()
+    first = cholesky(work, shift=True)
+    work = torch.linalg.solve_triangular(first, work, upper=False)
+    second = cholesky(work, shift=False)
+    work = torch.linalg.solve_triangular(second, work, upper=False)
+    return work.to(w.dtype), first @ second
+
+
+def cholesky(w: Tensor, shift: bool) -> Tensor:
+    """L [b, k, k], lower, with LLᵀ = wwᵀ, or a little more."""
+    gram = w @ w.mT
+    if shift:
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        k, m = w.shape[1:]
+        diagonal += 11 * (m * k + k * (k + 1)) * torch.finfo(w.dtype).eps / 2 * diagonal.sum(1, keepdim=True)
+    return torch.linalg.cholesky_ex(gram).L
+
+
+def extended_gram(gram: Tensor, z: Tensor) -> Tensor:
+    """zzᵀ [b, w, w], of which the leading block is `gram`; in thirds, so that little is computed twice for symmetry's sake."""
+    known, wide = gram.shape[1], z.shape[1]
+    whole = z.new_empty(len(z), wide, wide)
+    whole[:, :known, :known] = gram
+    step = math.ceil((wide - known) / 3)
+    for begin in range(known, wide, step):
+        new = z[:, : begin + step] @ z[:, begin : begin + step].mT
+        whole[:, : begin + step, begin : begin + step] = new
+        whole[:, begin : begin + step, :begin] = new[:, :begin].mT
+    return whole
+
+
+def ritz(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The `rank` largest eigenvalues of gram [b, w, w], falling [b, rank], in fp64, and vectors as rows [b, rank, w].
+
+    NaN for a matrix that is not finite, which LAPACK would refuse together with its neighbours.
+    """
+    finite = gram.isfinite().all(2).all(1)[:, None, None]
+    values, vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0))
+    return values[:, -rank:].flip(1).double(), torch.where(finite, vectors[..., -rank:].flip(-1).mT, torch.nan)
