@@ -27,10 +27,12 @@ RMM_INLINE Reg<E> fold(const Wide<E>* w, int part) {
 
 // y[t] += Σ_j u[t][j] · w[j] at `Regs` registers of positions, for Tokens tokens; w is [ranks] rows, `apart` elements apart.
 template <class E, int Tokens, int Regs>
-RMM_INLINE void expand_tile(const Held<E>* w, int64_t apart, int64_t ranks, const Held<E>* u, E* const* y, int64_t position) {
+RMM_INLINE void expand_tile(const Held<E>* w, int64_t apart, int64_t ranks, const Held<E>* u, E* const* y, int64_t position,
+                            Ahead& ahead) {
   constexpr int64_t held = kStep<E>;  // elements of a register
   Vec<Sum<E>> sum[Tokens][Regs] = {};
   for (int64_t j = 0; j < ranks; ++j) {
+    ahead.step();
     Reg<E> row[Regs];
 #pragma GCC unroll 8
     for (int v = 0; v < Regs; ++v) row[v] = load_held<E>(w + j * apart + v * held);
@@ -64,11 +66,10 @@ void expand_tokens(int64_t tokens, const Held<E>* w, int64_t apart, int64_t rank
   constexpr int regs = 4, few = regs / kParts<E>;
   int64_t step = 0;
   for (; step + few <= steps; step += few) {
-    expand_tile<E, Tokens, regs>(w + step * kParts<E> * kStep<E>, apart, ranks, u, y, step * kStep<E>);
-    ahead.step();
+    expand_tile<E, Tokens, regs>(w + step * kParts<E> * kStep<E>, apart, ranks, u, y, step * kStep<E>, ahead);
   }
   for (; step < steps; ++step) {
-    expand_tile<E, Tokens, kParts<E>>(w + step * kParts<E> * kStep<E>, apart, ranks, u, y, step * kStep<E>);
+    expand_tile<E, Tokens, kParts<E>>(w + step * kParts<E> * kStep<E>, apart, ranks, u, y, step * kStep<E>, ahead);
   }
 }
 
@@ -238,7 +239,7 @@ void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int
         }
         const Held<E>* const us = u + first * ranks * kParts<E>;
         if (group.restored) {
-          ahead.spread(steps * kParts<E> / 4);
+          ahead.spread(steps * kParts<E> / 4 * ranks);
           expand_tokens<E, kTokens>(tokens, factor, apart_held, ranks, us, rows, steps, ahead);
         } else {
           Lone<E> lone[kTokens];

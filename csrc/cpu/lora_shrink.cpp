@@ -26,7 +26,7 @@ RMM_INLINE Reg<E> fold(const Wide<E>& w) {
 // sums[t][j] += Σ_positions w[j] · x[t], Tokens × Rows sums in registers.
 template <class E, int Tokens, int Rows>
 RMM_INLINE void shrink_tile(const Held<E>* w, int64_t apart, const Held<E>* const* x, int64_t steps, Vec<Sum<E>>* sums,
-                            int64_t r) {
+                            int64_t r, Ahead& ahead) {
   Vec<Sum<E>> sum[Tokens][Rows];
 #pragma GCC unroll 8
   for (int t = 0; t < Tokens; ++t) {
@@ -34,6 +34,7 @@ RMM_INLINE void shrink_tile(const Held<E>* w, int64_t apart, const Held<E>* cons
     for (int j = 0; j < Rows; ++j) sum[t][j] = sums[t * r + j];
   }
   for (int64_t at = 0; at < steps * kStep<E>; at += kStep<E>) {
+    ahead.step();
     Reg<E> row[Rows];
 #pragma GCC unroll 8
     for (int j = 0; j < Rows; ++j) row[j] = load_held<E>(w + j * apart + at);
@@ -60,10 +61,9 @@ void shrink_tokens(int64_t tokens, const Held<E>* w, int64_t apart, const Held<E
   }
   int64_t j = 0;
   for (; j + 4 <= r; j += 4) {
-    shrink_tile<E, Tokens, 4>(w + j * apart, apart, x, steps, sums + j, r);
-    ahead.step();
+    shrink_tile<E, Tokens, 4>(w + j * apart, apart, x, steps, sums + j, r, ahead);
   }
-  for (; j < r; ++j) shrink_tile<E, Tokens, 1>(w + j * apart, apart, x, steps, sums + j, r);
+  for (; j < r; ++j) shrink_tile<E, Tokens, 1>(w + j * apart, apart, x, steps, sums + j, r, ahead);
 }
 
 // What one token needs of a segment.
@@ -214,7 +214,7 @@ void shrink_chunk(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int
                                 helds + t * apart_held);
         }
         if (group.restored) {
-          ahead.spread(r / 4);
+          ahead.spread((r / 4 + r % 4) * steps);
           shrink_tokens<E, kTokens>(tokens, factor, apart_held, rows, steps, r, sums + first * r, ahead);
           continue;
         }
