@@ -85,4 +85,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_instruction_set", &rmm::use_instruction_set, pybind11::arg("name"),
         "Make the kernels of this process use another instruction set that the CPU has; returns the one used before. "
         "For tests and benchmarks: not to be called while an op runs.");
+  m.def("force_restored", &rmm::force_restored, pybind11::arg("tokens"),
+        "Make the LoRA forward restore a task's factors from so many tokens on; 0: as it chooses. Returns what was set before. "
+        "For tests and benchmarks: results keep every bit.");
 }

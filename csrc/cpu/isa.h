@@ -6,6 +6,8 @@
 // library beyond C headers is included by a kernel.
 #pragma once
 
+#include <stdint.h>
+
 #ifndef RMM_ISA
 #define RMM_ISA baseline
 #define RMM_OPS 1
@@ -46,5 +48,9 @@ enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 // The set in use: the best this CPU has, unless a test chose another (module.cpp).
 Isa isa();
+
+// From how many tokens of a task in a chunk on the LoRA forward restores its factors; 0 leaves the choice to the kernels.
+// Returns what was asked for before (lora_shrink.cpp).
+int64_t force_restored(int64_t tokens);
 
 }  // namespace rmm

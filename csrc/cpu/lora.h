@@ -4,7 +4,7 @@
 // anywhere: a task with one token in the chunk has them made in registers and used at once (the direct form), a task with more
 // has a segment of them kept in the cache for all of its tokens (the restored form). Both round alike, in the same order, so a
 // row of the result keeps every bit whatever else is in the batch, and which form a task takes is a matter of speed alone:
-// kRestored below, measured by `python -m benchmarks.serving forms`.
+// kRestored below.
 //
 // A unit of work takes a chunk of tokens over some positions (expand) or some ranks (shrink), segment by segment. The basis of
 // a segment is read where it is, or, for many tasks, copied once into rows an odd number of cache lines apart (rows of a
@@ -25,12 +25,16 @@ struct Chunk {
   const int64_t* order;  // rows of x and y
   const int64_t* tasks;  // task of order[i]
   int64_t count;
+  int64_t restored;  // tokens from which on a task's factors are restored to the cache
 };
 
-namespace RMM_ISA {
+// Of a value of a factor, in vector operations: restoring takes a load and a product for each of p components either way. The
+// restored form does so once, stores the value, and takes from then on a product and a fraction of a load for each token,
+// m of them; the direct form does all of it for each. So p + 1 + 1 + m against m (p + 1) or, where the basis is the mean
+// alone, 2 + m against m: `python -m benchmarks.serving forms` measures both, and what the choice costs.
+constexpr int64_t restored_from(int64_t p) { return p == 0 ? 3 : 2; }
 
-// From how many tokens in the chunk on a task has its factors restored to the cache.
-constexpr int64_t kRestored = 2;
+namespace RMM_ISA {
 
 // So many tasks or groups of lone tokens read the basis where it is; for more, it is copied.
 constexpr int64_t kPasses = 3;
@@ -207,11 +211,11 @@ struct Group {
 
 inline Group group_at(const Chunk& chunk, int64_t first) {
   const int64_t run = run_length(chunk, first);
-  if (run >= kRestored) return {first, run, true};
+  if (run >= chunk.restored) return {first, run, true};
   int64_t count = run;
   while (first + count < chunk.count && count < kTokens) {
     const int64_t next = run_length(chunk, first + count);
-    if (next >= kRestored) break;
+    if (next >= chunk.restored) break;
     count += next;
   }
   return {first, count < kTokens ? count : kTokens, false};
@@ -402,11 +406,14 @@ namespace rmm {
 // Every active token, sorted by task (stable), cut into chunks.
 struct TokenPlan {
   std::vector<int64_t> order, tasks;
+  int64_t forced;  // beside restored_from, for benchmarks; 0: not
 
   int64_t chunks() const { return (static_cast<int64_t>(order.size()) + kChunk - 1) / kChunk; }
-  Chunk chunk(int64_t i) const {
+  // Of `p` components.
+  Chunk chunk(int64_t i, int64_t p) const {
     const int64_t left = static_cast<int64_t>(order.size()) - i * kChunk;
-    return {order.data() + i * kChunk, tasks.data() + i * kChunk, left < kChunk ? left : kChunk};
+    return {order.data() + i * kChunk, tasks.data() + i * kChunk, left < kChunk ? left : kChunk,
+            forced > 0 ? forced : restored_from(p)};
   }
 };
 

@@ -305,7 +305,7 @@ void run_expand(const TokenPlan& plan, const View& y, const View& u, const View&
   torch::stable::parallel_for(0, units, work < 32768 ? units : 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t part = unit % parts, from = part * pieces / parts * least, to = (part + 1) * pieces / parts * least;
-      if (from < width) kernel(args, plan.chunk(unit / parts), from, std::min(to, width));
+      if (from < width) kernel(args, plan.chunk(unit / parts, coeff_b.size[1]), from, std::min(to, width));
     }
   });
 }

@@ -252,6 +252,7 @@ void lora_shrink(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int6
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "../common/tensor.h"
 
@@ -264,14 +265,32 @@ int64_t parts_of(int64_t chunks, int64_t most) {
   return std::max<int64_t>(1, std::min<int64_t>(most, threads));
 }
 
+namespace {
+int64_t forced = 0;
+}
+
+int64_t force_restored(int64_t tokens) { return std::exchange(forced, tokens); }
+
 TokenPlan plan_tokens(const Ids& task_ids, int64_t n) {
   check_ids(task_ids, n, -1);
   TokenPlan plan;
-  plan.order.reserve(task_ids.size);
-  for (int64_t t = 0; t < task_ids.size; ++t) {
-    if (task_ids[t] >= 0) plan.order.push_back(t);
+  plan.forced = forced;
+  if (n > 4 * task_ids.size) {
+    for (int64_t t = 0; t < task_ids.size; ++t) {
+      if (task_ids[t] >= 0) plan.order.push_back(t);
+    }
+    std::stable_sort(plan.order.begin(), plan.order.end(), [&](int64_t a, int64_t b) { return task_ids[a] < task_ids[b]; });
+  } else {
+    std::vector<int64_t> begin(n + 1);  // where each task's tokens go, the next one first
+    for (int64_t t = 0; t < task_ids.size; ++t) {
+      if (task_ids[t] >= 0) ++begin[task_ids[t] + 1];
+    }
+    std::partial_sum(begin.begin(), begin.end(), begin.begin());
+    plan.order.resize(begin[n]);
+    for (int64_t t = 0; t < task_ids.size; ++t) {
+      if (task_ids[t] >= 0) plan.order[begin[task_ids[t]]++] = t;
+    }
   }
-  std::stable_sort(plan.order.begin(), plan.order.end(), [&](int64_t a, int64_t b) { return task_ids[a] < task_ids[b]; });
   plan.tasks.reserve(plan.order.size());
   for (const int64_t t : plan.order) plan.tasks.push_back(task_ids[t]);
   return plan;
@@ -293,7 +312,7 @@ void run_shrink(const TokenPlan& plan, const View& x, const View& basis_a, const
   torch::stable::parallel_for(0, units, work < 32768 ? units : 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t part = unit % parts, from = part * fours / parts * 4, to = (part + 1) * fours / parts * 4;
-      if (from < r) kernel(args, plan.chunk(unit / parts), from, std::min(to, r));
+      if (from < r) kernel(args, plan.chunk(unit / parts, coeff_a.size[1]), from, std::min(to, r));
     }
   });
 }
