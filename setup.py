@@ -45,6 +45,8 @@ INSTRUCTION_SETS = {"baseline": ["-DRMM_OPS"]}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = AVX2
     INSTRUCTION_SETS["avx512"] = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+SOURCES_OF = {"avx512_bf16": "lora_*.cpp"}  # of the other sets all of them
 
 
 OLDEST_NVCC = (12, 4)
@@ -138,7 +140,7 @@ class Build(build_ext):
         jobs = [
             (str(source), isa, flags)
             for isa, flags in INSTRUCTION_SETS.items()
-            for source in sorted((SOURCES / "cpu").glob("*.cpp"))
+            for source in sorted((SOURCES / "cpu").glob(SOURCES_OF.get(isa, "*.cpp")))
         ]
 
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:

@@ -1,8 +1,11 @@
-"""What serving costs, beside its peers: `python -m benchmarks.serving model|grid|tasks`, from the repository root.
+"""What serving costs, beside its peers: `python -m benchmarks.serving WHAT`, from the repository root. WHAT is one of
 
     model   MiniLM and the eight real adapters, a mixed batch of 64 texts: base model, attached model, PEFT's mixed batch
     grid    one layer over tokens, tasks, rank, components and width, beside PEFT, gather + bmm, polylora and latefuse
+    forms   one layer with every task in the direct form, every task in the restored form, and as the kernels choose
     tasks   7B layer shapes with 8 to 1000 tasks held, 8 of them active: bytes for each task, time of a forward
+    dtypes  one layer in decode, prefill and mixed shapes: bf16 and fp16 beside fp32
+    show    the whole grid of a --json file, and why the cells that are lost are
 
 Contenders take turns within a round, so that whatever else the machine does hits all alike; times are medians over rounds.
 `--json FILE` adds the figures to a file, under benchmarks/results/ to keep them.
@@ -12,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -81,6 +86,8 @@ def model(arguments: argparse.Namespace) -> dict[str, Any]:
             theirs.load_adapter(path, name)
     theirs.eval()
 
+    mask = inputs["attention_mask"].bool()
+    packed, packed_ids = in_rows(inputs["input_ids"], mask, samples.tasks[order])
     rows = []
     for components in (3, len(adapters) - 1):
         merged = rmm_kernels.merge(adapters, components, names=names)
@@ -89,18 +96,58 @@ def model(arguments: argparse.Namespace) -> dict[str, Any]:
                 OURS: lambda: ours(**inputs, adapter_names=tasks),
                 "base model": lambda: base(**inputs),
                 "PEFT mixed batch": lambda: theirs(**inputs, adapter_names=tasks),
+                PACKED: lambda: ours(**packed, task_ids=packed_ids),
+                "base model, packed": lambda: base(**packed),
             }
-            outputs = [calls[name]().last_hidden_state for name in (OURS, "PEFT mixed batch")]
+            outputs = {name: calls[name]().last_hidden_state for name in (OURS, "PEFT mixed batch", PACKED)}
             found = in_turns(calls, arguments.seconds)
-        difference = float((outputs[0] - outputs[1])[inputs["attention_mask"].bool()].abs().max())
-        rows.append({"components": components, "seconds": found, "difference_to_peft": difference})
+        expected = outputs["PEFT mixed batch"][mask]
+        differences = {
+            OURS: float((outputs[OURS][mask] - expected).abs().max()),
+            PACKED: float((outputs[PACKED][packed_ids.ge(0)] - expected).abs().max()),
+        }
+        rows.append({"components": components, "seconds": found, "differences_to_peft": differences})
+        base_time, theirs_time = found["base model"], found["PEFT mixed batch"]
+        aim = "" if components < len(adapters) - 1 else " (aim 1e-4)"
         print(
-            f"p = {components}: base {found['base model'] * 1e3:.1f} ms, attached {found[OURS] * 1e3:.1f} ms, PEFT "
-            f"{found['PEFT mixed batch'] * 1e3:.1f} ms; attached / base {found[OURS] / found['base model']:.3f} (aim 1.15), "
-            f"attached / PEFT {found[OURS] / found['PEFT mixed batch']:.3f} (aim 0.6); largest difference to PEFT "
-            f"{difference:.1e}{'' if components < len(adapters) - 1 else ' (aim 1e-4)'}"
+            f"p = {components}: base {base_time * 1e3:.0f} ms, PEFT {theirs_time * 1e3:.0f} ms, attached "
+            f"{found[OURS] * 1e3:.0f} ms, packed {found[PACKED] * 1e3:.0f} ms (base "
+            f"{found['base model, packed'] * 1e3:.0f} ms)\n"
+            f"  attached / base {found[OURS] / base_time:.3f} (aim 1.15); attached / PEFT {found[OURS] / theirs_time:.3f}, "
+            f"packed / PEFT {found[PACKED] / theirs_time:.3f} (aim 0.6); base / PEFT {base_time / theirs_time:.3f}\n"
+            f"  largest difference to PEFT: {differences[OURS]:.1e}, packed {differences[PACKED]:.1e}{aim}"
         )
-    return {"texts": len(tasks), "length": inputs["input_ids"].shape[1], "rows": rows}
+    return {"texts": len(tasks), "length": mask.shape[1], "tokens": int(mask.sum()), "rows": rows}
+
+
+PACKED = "rmm_kernels, packed"
+
+
+def in_rows(input_ids: Tensor, mask: Tensor, tasks: Tensor, width: int = 256) -> tuple[dict[str, Tensor], Tensor]:
+    """The texts without their padding, in rows of at most `width` tokens, and each token's task, −1 where a row ends early.
+
+    Texts stay in order, so that row by row their tokens are those of input_ids[mask]. Attention stays within a text, whose
+    positions start anew.
+    """
+    lengths = mask.sum(1).tolist()
+    rows: list[list[int]] = [[]]
+    for text, length in enumerate(lengths):
+        if sum(lengths[other] for other in rows[-1]) + length > width:
+            rows.append([])
+        rows[-1].append(text)
+    longest = max(sum(lengths[text] for text in row) for row in rows)
+    shape = (len(rows), longest)
+    ids, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    which, task = torch.full(shape, -1), torch.full(shape, -1)
+    for row, texts in enumerate(rows):
+        begin = 0
+        for text in texts:
+            part = slice(begin, begin + lengths[text])
+            ids[row, part], positions[row, part] = input_ids[text, : lengths[text]], torch.arange(lengths[text])
+            which[row, part], task[row, part] = text, tasks[text]
+            begin = part.stop
+    attention = (which[:, :, None] == which[:, None])[:, None]  # [rows, 1, longest, longest]
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": attention}, task
 
 
 # ---------------------------------------------------------------- one layer
@@ -171,26 +218,40 @@ def by_task(inputs: ForwardInputs, lora_a: Tensor, lora_b: Tensor) -> Callable[[
 PEERS = {"by task (PEFT's products)": by_task, "gather + bmm": gather, "polylora": polylora, "latefuse": latefuse}
 
 
+class LayerOf:
+    """Basis and coefficients of a square layer."""
+
+    def __init__(self, d: int, n: int, r: int, p: int, dtype: torch.dtype) -> None:
+        self.generator, self.dtype, self.d, self.n, self.r = torch.Generator().manual_seed(0), dtype, d, n, r
+        self.bases = self.randn(p + 1, r, d) / d**0.5, self.randn(p + 1, r, d).mT / r**0.5
+        self.coeffs = self.randn(n, p, d), self.randn(n, p, d)
+        self.scaling = torch.rand(n, generator=self.generator) + 0.5
+
+    def randn(self, *shape: int) -> Tensor:
+        """Values repeat beyond 2^20: their number is what costs."""
+        count = torch.Size(shape).numel()
+        block = torch.randn(min(count, 1 << 20), generator=self.generator).to(self.dtype)
+        return block.repeat(-(-count // len(block)))[:count].view(shape)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(lora_a [n, r, in], lora_b [n, out, r]) as if restored."""
+        return self.randn(self.n, self.r, self.d) / self.d**0.5, self.randn(self.n, self.d, self.r) / self.r**0.5
+
+    def inputs(self, ids: Tensor) -> ForwardInputs:
+        (a, b), (ca, cb) = self.bases, self.coeffs
+        y = torch.zeros(len(ids), self.d, dtype=self.dtype)
+        return ForwardInputs(y, self.randn(len(ids), self.d), a, ca, b, cb, ids, self.scaling)
+
+
 def grid(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
     dtype = getattr(torch, arguments.dtype)
     for d, n, r, p in product(arguments.width, (1, 8, 64, 512), (8, 16, 64), (2, 4)):
-        generator = torch.Generator().manual_seed(0)
-
-        def randn(*shape: int, like: Any = generator) -> Tensor:
-            """Values repeat beyond 2^20: their number is what costs."""
-            count = torch.Size(shape).numel()
-            block = torch.randn(min(count, 1 << 20), generator=like).to(dtype)
-            return block.repeat(-(-count // len(block)))[:count].view(shape)
-
-        bases = randn(p + 1, r, d) / d**0.5, randn(p + 1, r, d).mT / r**0.5
-        coeffs, factors = (randn(n, p, d), randn(n, p, d)), (randn(n, r, d) / d**0.5, randn(n, d, r) / r**0.5)
-        scaling = torch.rand(n, generator=generator) + 0.5
+        layer = LayerOf(d, n, r, p, dtype)
+        factors = layer.factors()
         for tokens in (1, 8, 64, 256, 2048):
-            ids = torch.randint(n, (tokens,), generator=generator)
-            inputs = ForwardInputs(
-                torch.zeros(tokens, d, dtype=dtype), randn(tokens, d), bases[0], coeffs[0], bases[1], coeffs[1], ids, scaling
-            )
+            ids = torch.randint(n, (tokens,), generator=layer.generator)
+            inputs = layer.inputs(ids)
             calls: Calls = {OURS: lambda inputs=inputs: rmm_kernels.lora_forward_(*inputs.arguments())}
             copies = tokens * r * d * 2 * dtype.itemsize
             for name, peer in PEERS.items():
@@ -225,6 +286,90 @@ def grid_table(rows: list[dict[str, Any]]) -> str:
         won += good
         lines.append(f"| {tokens} | {n} | {' | '.join(ratios)} | {good} of {len(cells)} |")
     return "\n".join([*lines, f"\nfastest or within 1.1 in {won} of {len(rows)} cells ({won / len(rows):.0%})"])
+
+
+def why_lost(rows: list[dict[str, Any]], dtype: str) -> str:
+    """Each cell beyond 1.1 of the fastest peer, with the bytes of factors both read, and the products both take."""
+    item = 2 if dtype == "bfloat16" else 4
+    lines = [
+        f"| {dtype}: T | n | r | p | d | time / best | best | MB: ours, restored factors | MFMA: ours, theirs |",
+        "|---|---|---|---|---|--:|---|--:|--:|",
+    ]
+    for row in rows:
+        best = min(row["seconds"], key=row["seconds"].__getitem__)
+        ratio = row["seconds"][OURS] / row["seconds"][best]
+        if ratio <= 1.1:
+            continue
+        t, r, p, d, active = (row[key] for key in ("tokens", "r", "p", "d", "active"))
+        ours, theirs = 2 * d * ((p + 1) * r + p * active) * item / 1e6, 2 * d * r * active * item / 1e6
+        products, alone = 2 * d * r * (t + p * active) / 1e6, 2 * d * r * t / 1e6
+        cost = f"{ours:.2f}, {theirs:.2f} | {products:.1f}, {alone:.1f}"
+        lines.append(f"| {t} | {row['n']} | {r} | {p} | {d} | {ratio:.2f} | {best} | {cost} |")
+    return "\n".join(lines) if len(lines) > 2 else f"{dtype}: no cell lost"
+
+
+# ---------------------------------------------------------------- forms and dtypes
+
+NEVER = 1 << 40
+
+
+def forms(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every task in one form, in the other, and as chosen: results keep every bit, so only times are compared."""
+    compiled = rmm_kernels._library._C
+    rows = []
+    cases = list(product(arguments.width, (8, 64), (0, 1, 2, 4), (8, 64), (1, 2, 3, 4, 16)))
+    for d, r, p, tokens, each in cases:
+        if each > tokens:
+            continue
+        n = -(-tokens // each)
+        inputs = LayerOf(d, n, r, p, getattr(torch, arguments.dtype)).inputs(torch.arange(tokens) % n)
+
+        def call(form: int, inputs: ForwardInputs = inputs) -> None:
+            before = compiled.force_restored(form)
+            rmm_kernels.lora_forward_(*inputs.arguments())
+            compiled.force_restored(before)
+
+        calls: Calls = {OURS: lambda c=call: c(0), "direct": lambda c=call: c(NEVER), "restored": lambda c=call: c(1)}
+        with torch.inference_mode():
+            found = in_turns(calls, arguments.seconds, least=9)
+        regret = found[OURS] / min(found.values())
+        rows.append({"d": d, "r": r, "p": p, "tokens": tokens, "each": each, "seconds": found, "regret": regret})
+    print(
+        "| p | tokens a task | restored / direct: least, median, most | regret of the choice: median, most |\n|---|---|---|---|"
+    )
+    for p, each in product((0, 1, 2, 4), (1, 2, 3, 4, 16)):
+        cells = [row for row in rows if (row["p"], row["each"]) == (p, each)]
+        ratio = sorted(row["seconds"]["restored"] / row["seconds"]["direct"] for row in cells)
+        regrets = sorted(row["regret"] for row in cells)
+        spread = f"{ratio[0]:.2f}, {median(ratio):.2f}, {ratio[-1]:.2f}"
+        print(f"| {p} | {each} | {spread} | {median(regrets):.2f}, {regrets[-1]:.2f} |")
+    regrets = sorted(row["regret"] for row in rows)
+    print(f"regret over {len(rows)} cells: median {median(regrets):.3f}, 9 in 10 below {regrets[int(0.9 * len(regrets))]:.3f}")
+    return {"dtype": arguments.dtype, "rows": rows}
+
+
+SHAPES_OF_DTYPES = {
+    "decode": [(1, 1), (8, 8), (64, 64)],
+    "prefill": [(64, 1), (256, 1), (2048, 1)],
+    "mixed": [(64, 8), (256, 8), (256, 64), (2048, 64)],
+}  # (tokens, tasks)
+
+
+def dtypes(arguments: argparse.Namespace) -> dict[str, Any]:
+    rows = []
+    for d, r, (kind, shapes) in product(arguments.width, (16, 64), SHAPES_OF_DTYPES.items()):
+        for tokens, n in shapes:
+            calls: Calls = {}
+            for name in (torch.float32, torch.bfloat16, torch.float16):
+                inputs = LayerOf(d, n, r, 3, name).inputs(torch.arange(tokens) % n)
+                label = OURS if name == torch.float32 else str(name).removeprefix("torch.")
+                calls[label] = lambda inputs=inputs: rmm_kernels.lora_forward_(*inputs.arguments())
+            with torch.inference_mode():
+                found = in_turns(calls, arguments.seconds, least=9)
+            rows.append({"kind": kind, "d": d, "r": r, "tokens": tokens, "tasks": n, "seconds": found})
+            low = ", ".join(f"{name} {found[name] / found[OURS]:.2f}" for name in ("bfloat16", "float16"))
+            print(f"{kind}, d = {d}, r = {r}, {tokens} tokens of {n} tasks: fp32 {found[OURS] * 1e6:.0f} µs; by fp32: {low}")
+    return {"rows": rows}
 
 
 # ---------------------------------------------------------------- many tasks
@@ -273,36 +418,51 @@ def tasks(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def key_of(arguments: argparse.Namespace) -> str:
-    if arguments.what != "grid":
+    if arguments.what not in ("grid", "forms"):
         return arguments.what
-    return f"grid {arguments.dtype} {' '.join(map(str, arguments.width))}"
+    return f"{arguments.what} {arguments.dtype} {' '.join(map(str, arguments.width))}"
 
 
-def stored(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """The rows of every part of the grid in a results file."""
+def stored(path: Path) -> Iterator[dict[str, Any]]:
+    """Every part of the grid in a results file."""
     for key, value in json.loads(path.read_text()).items():
         if key.startswith("grid"):
-            yield value["rows"]
+            yield value
+
+
+def revision() -> str:
+    """Of this checkout, with a + where tracked files differ from it."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["model", "grid", "tasks", "show"], help="show: the whole grid of a --json file")
-    parser.add_argument("--seconds", type=float, help="time for a group of contenders (default 20; grid 0.2)")
+    parser.add_argument("what", choices=["model", "grid", "forms", "dtypes", "tasks", "show"])
+    parser.add_argument("--seconds", type=float, help="time for a group of contenders (default 20; of a layer 0.2)")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the grid")
-    parser.add_argument("--width", type=int, nargs="*", default=[768, 4096], help="d of the grid (default 768 4096)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the grid and the forms")
+    parser.add_argument("--width", type=int, nargs="*", default=[768, 4096], help="d of a layer (default 768 4096)")
     parser.add_argument("--json", type=Path, help="the file to add the figures to")
     arguments = parser.parse_args()
     if arguments.what == "show":
-        print(grid_table([row for rows in stored(arguments.json) for row in rows]))
+        parts = list(stored(arguments.json))
+        print(grid_table([row for part in parts for row in part["rows"]]) + "\n")
+        for part in parts:
+            print(f"revision {part['revision']}, {part['build']['instruction_set']}: {why_lost(part['rows'], part['dtype'])}\n")
         return
-    arguments.seconds = arguments.seconds or (0.2 if arguments.what == "grid" else 20.0)
+    arguments.seconds = arguments.seconds or (20.0 if arguments.what in ("model", "tasks") else 0.2)
     with threads(arguments.threads):
-        found = {"model": model, "grid": grid, "tasks": tasks}[arguments.what](arguments)
+        run = {"model": model, "grid": grid, "forms": forms, "dtypes": dtypes, "tasks": tasks}[arguments.what]
+        found = run(arguments)
     if arguments.json:
         kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
         about = {"threads": arguments.threads, "versions": peers.versions(), "build": rmm_kernels.build_info()}
+        about |= {"revision": revision(), "polylora": version("polylora"), "latefuse": version("latefuse")}
         kept[key_of(arguments)] = {**about, **found}
         arguments.json.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 

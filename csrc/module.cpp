@@ -3,9 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -18,17 +19,24 @@ bool supported(Isa isa) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (isa == Isa::avx2) return avx2;
-  if (isa == Isa::avx512) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  }
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::avx512) return avx512;
+  if (isa == Isa::avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   return isa == Isa::baseline;
 }
 
-const std::map<std::string, Isa> kNames{{"baseline", Isa::baseline}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}};
+const std::vector<std::pair<std::string, Isa>> kNames{
+    {"baseline", Isa::baseline}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}, {"avx512_bf16", Isa::avx512_bf16}};
 
-Isa best() { return supported(Isa::avx512) ? Isa::avx512 : supported(Isa::avx2) ? Isa::avx2 : Isa::baseline; }
+Isa best() {
+  Isa found = Isa::baseline;
+  for (const auto& [known, value] : kNames) {
+    if (supported(value)) found = value;
+  }
+  return found;
+}
 
 Isa current = best();
 
@@ -41,14 +49,14 @@ std::string name(Isa isa) {
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const char* known : {"baseline", "avx2", "avx512"}) {
-    if (supported(kNames.at(known))) names.emplace_back(known);
+  for (const auto& [known, value] : kNames) {
+    if (supported(value)) names.push_back(known);
   }
   return names;
 }
 
 std::string use_instruction_set(const std::string& wanted) {
-  const auto found = kNames.find(wanted);
+  const auto found = std::find_if(kNames.begin(), kNames.end(), [&](const auto& one) { return one.first == wanted; });
   if (found == kNames.end() || !supported(found->second)) {
     std::string allowed;
     for (const auto& known : instruction_sets()) allowed += (allowed.empty() ? "" : ", ") + known;
@@ -77,4 +85,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_instruction_set", &rmm::use_instruction_set, pybind11::arg("name"),
         "Make the kernels of this process use another instruction set that the CPU has; returns the one used before. "
         "For tests and benchmarks: not to be called while an op runs.");
+  m.def("force_restored", &rmm::force_restored, pybind11::arg("tokens"),
+        "Make the LoRA forward restore a task's factors from so many tokens on; 0: as it chooses. Returns what was set before. "
+        "For tests and benchmarks: results keep every bit.");
 }

@@ -40,7 +40,7 @@ _REFUSED = {
     "arrow_config": "Arrow routes between adapters",
 }
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -223,9 +223,9 @@ class Adapter:
                 extras[key] = key
                 continue
             module, adapter = match["module"], match["adapter"]
-            if not module.startswith(_PREFIX):
-                raise AdapterError(f"{self._weights.path}: key {key!r} does not begin with {_PREFIX!r}, as PEFT's do")
-            module = module.removeprefix(_PREFIX)
+            if not module.startswith(PREFIX):
+                raise AdapterError(f"{self._weights.path}: key {key!r} does not begin with {PREFIX!r}, as PEFT's do")
+            module = module.removeprefix(PREFIX)
             names.update([adapter] if adapter else [])
             side = match.groupdict().get("side")
             if side is None:
@@ -412,12 +412,12 @@ def copy_files(files: Mapping[str, Path], directory: Path) -> None:
 
 def factor_key(module: str, side: str) -> str:
     """PEFT's key of a module's lora_A or lora_B."""
-    return f"{_PREFIX}{module}.lora_{side}.weight"
+    return f"{PREFIX}{module}.lora_{side}.weight"
 
 
 def magnitude_key(module: str) -> str:
     """PEFT's key of a module's DoRA vector."""
-    return f"{_PREFIX}{module}.lora_magnitude_vector"
+    return f"{PREFIX}{module}.lora_magnitude_vector"
 
 
 def lora_rank(config: Mapping[str, Any], module: str) -> int:

@@ -399,19 +399,12 @@ class Engine:
         return sizes
 
     def workspace_bytes(self, tokens: int) -> int:
-        """The most a forward of `tokens` takes from the device's allocator: u [T, r], on the CPU its partial sums too.
+        """The most a forward of `tokens` takes from the device's allocator: u [T, r].
 
-        The CPU kernels' scratch comes on top, (p + 2) r · 4 KiB and less than 1 MiB more a thread at ranks up to 64.
+        The CPU kernels' scratch comes on top, less than (p + 7) r · 2.2 KiB + 256 KiB a thread.
         """
         item = reference.accumulator(self.limits.dtype).itemsize
-        size = 0
-        for part in self._slices.values():
-            wide = part.basis_a.shape[2]
-            span = 1024 if wide > 1024 else max(128, (wide + 255) // 256 * 128)  # csrc/cpu/lora.h
-            spans, chunks = max(1, -(-wide // span)), -(-tokens // 256)
-            sums = chunks * 256 * spans if self.limits.device.type == "cpu" else 0
-            size = max(size, (tokens + sums) * part.rank * item)
-        return size
+        return max(tokens * part.rank * item for part in self._slices.values())
 
     def warm_up(self, tokens: Iterable[int]) -> None:
         """Run every layer once for each number of tokens, with ids of the base model and of slot 0, on zeros: what is built or

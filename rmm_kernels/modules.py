@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from .heads import HeadsLinear, heads_in
 from .merge import MergedAdapters, MergedModule
 from .ops import _checks, lora_forward, lora_forward_
-from .selection import BASE, Forward, Names, Rows, Task, check_ids, per_row, selection_of
+from .selection import BASE, Forward, Names, Rows, Task, check_ids, ids_of, per_row, selection_of
 
 
 def features(layer: nn.Module) -> tuple[int, int] | None:
@@ -163,7 +164,7 @@ class MultiTaskLoRALinear(nn.Module):
         if self.attachment is None:
             raise RuntimeError("forward(x) of a layer that belongs to no attachment; it needs forward(x, task_ids)")
         if torch.compiler.is_compiling():
-            return self.rows_of(torch.ops.rmm_kernels.current_task_ids(self.attachment, shape, x.device))
+            return self.rows_of(ids_of(self.attachment, shape, x.device))
         return selection_of(self.attachment).rows(self, shape, x.device)
 
     def rows_of(self, task_ids: Tensor) -> Rows:
@@ -204,15 +205,24 @@ class Attachment:
     """A model with merged adapters in it; made by `attach`. As a context manager it detaches at the end.
 
     Attributes:
-        model, merged: as given to `attach`. What `merged` carries for a task beside LoRA factors is not applied; for
-            classification heads there is `TaskHeads`.
+        model, merged: as given to `attach`. Of what `merged` carries for a task beside LoRA factors, linear heads that the
+            model has too are applied, the rest is not; heads in files of their own are for `TaskHeads`.
         layers: the `MultiTaskLoRALinear` that are in the model, by module name.
+        heads: the `HeadsLinear`, by module name.
     """
 
-    def __init__(self, model: nn.Module, merged: MergedAdapters, key: str, layers: Mapping[str, MultiTaskLoRALinear]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        merged: MergedAdapters,
+        key: str,
+        layers: Mapping[str, MultiTaskLoRALinear],
+        heads: Mapping[str, HeadsLinear],
+    ) -> None:
         self.model = model
         self.merged = merged
         self.layers = layers
+        self.heads = heads
         self._names = Names(key, {name: index for index, name in enumerate(merged.tasks)} | {BASE: -1})
         self._forward = model.__dict__.get("forward")  # hardly ever there; put back in the end
         model.forward = Forward(model, self._names)
@@ -251,12 +261,13 @@ class Attachment:
         """
         if not self._attached:
             return
-        for name, layer in self.layers.items():
+        placed: dict[str, MultiTaskLoRALinear | HeadsLinear] = {**self.layers, **self.heads}
+        for name, layer in placed.items():
             if self.model.get_submodule(name) is not layer:
                 raise RuntimeError(
                     f"module {name} is no longer the layer that attach put there; put that back before you detach"
                 )
-        for name, layer in self.layers.items():
+        for name, layer in placed.items():
             _replace(self.model, name, layer.base_layer)
         if isinstance(self.model.__dict__.get("forward"), Forward):
             del self.model.forward
@@ -276,7 +287,8 @@ def attach(model: nn.Module, merged: MergedAdapters, *, dtype: torch.dtype | Non
 
     For any model that calls its nn.Linear and Conv1D modules, as transformers' do. Modules are found by the names in
     `merged.modules`, which are those of the model that the adapters were trained on; whether the weights are that model's
-    can't be seen.
+    can't be seen. Linear heads that tasks trained along (PEFT's modules_to_save) take the place of the model's own, each row
+    through its task's: `HeadsLinear`.
 
     The model's own forward then also takes `adapter_names`, one name for each sample as PEFT's mixed batch does, or `task_ids`,
     what `Attachment.tasks` takes: a forward with one of them is a forward inside that block. Both pass through
@@ -319,9 +331,11 @@ def attach(model: nn.Module, merged: MergedAdapters, *, dtype: torch.dtype | Non
         if base_layer in names:
             raise ValueError(f"module {name}: is the same object as {names[base_layer]}; it can take the adapters of one only")
         names[base_layer] = name
-    for name, layer in layers.items():
+    heads = {name: head for name, head in heads_in(model, merged, key).items() if name not in layers}
+    placed: dict[str, nn.Module] = {**layers, **heads}
+    for name, layer in placed.items():
         _replace(model, name, layer)
-    return Attachment(model, merged, key, MappingProxyType(layers))
+    return Attachment(model, merged, key, MappingProxyType(layers), MappingProxyType(heads))
 
 
 def _submodule(model: nn.Module, name: str) -> Any:

@@ -87,6 +87,13 @@ def _(attachment: str, shape: list[int], device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=torch.int64, device=device).flatten()
 
 
+def ids_of(attachment: str, shape: torch.Size, device: torch.device) -> Tensor:
+    """The ids that `Attachment.tasks` set, one per row of x [*shape, in], in a compiled graph looked up when it runs."""
+    if torch.compiler.is_compiling():
+        return torch.ops.rmm_kernels.current_task_ids(attachment, shape, device)
+    return per_row(selection_of(attachment).ids.to(device), shape)
+
+
 def per_row(ids: Tensor, shape: torch.Size) -> Tensor:
     """One id per row [T] of x [*shape, in], from one for all, one for each entry of x's first axes, or one per packed token."""
     if ids.shape == shape[: ids.ndim]:

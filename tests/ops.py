@@ -128,6 +128,8 @@ def lesser_isas(op: str) -> list[Overload]:
     """The CPU overload of `op` with each instruction set that this machine has below its best."""
     info = rmm_kernels.build_info()
     sets = [isa for isa in info.get("instruction_sets", ()) if isa != info["instruction_set"]]
+    if info.get("instruction_set") == "avx512_bf16" and not op.startswith("lora_"):
+        sets.remove("avx512")  # what the best one runs
     return [Overload(op, "cpu", "cpu", isa) for isa in sets if _library.has_kernel(op, "cpu")]
 
 

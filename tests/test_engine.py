@@ -316,7 +316,7 @@ def test_bad_constructions(merged: MergedAdapters) -> None:
 def test_memory(engine: Engine) -> None:
     values = sum(out + wide for out, wide in SHAPES.values())
     assert engine.buffer_bytes == {"shared": 4 * 3 * 4 * values, "task": 4 * (2 * values + len(SHAPES) * (1 + 4))}
-    assert engine.workspace_bytes(300) == 4 * 4 * (300 + 2 * 256)
+    assert engine.workspace_bytes(300) == 4 * 4 * 300
     before = [buffer.clone() for part in engine._slices.values() for buffer in part.buffers.values()]
     engine.warm_up([1, 8])
     for old, new in zip(before, (b for part in engine._slices.values() for b in part.buffers.values()), strict=True):

@@ -208,6 +208,27 @@ def test_threads_and_runs(run: ops.Overload, dtype: torch.dtype) -> None:
             assert_same_bits(result, results[0])
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=ops.name)
+@pytest.mark.parametrize(
+    "run", [run for run in ops.overloads("lora_forward_") + ops.lesser_isas("lora_forward_") if run.backend == "cpu"], ids=str
+)
+def test_rows_do_not_depend_on_the_batch(run: ops.Overload, dtype: torch.dtype) -> None:
+    """A row keeps every bit, alone or among others, whichever form its task takes and wherever a chunk ends."""
+    for shape in [Shape(140, 1100, 700, 7, 3, 2), Shape(37, 64, 33, 16, 30, 3), Shape(9, 40, 7, 5, 2, 0)]:
+        p = problem(shape, dtype, seed=52)
+        whole, single, few = p.to("cpu"), p.to("cpu"), p.to("cpu")
+        run(*whole.forward)
+        for row in range(shape.tokens):
+            one = slice(row, row + 1)
+            run(*single.change(y=single.y[one], x=p.x[one], task_ids=p.task_ids[one]).forward)
+        for rows in torch.randperm(shape.tokens, generator=torch.Generator().manual_seed(1)).split(11):
+            y = p.y[rows]
+            run(*p.change(y=y, x=p.x[rows], task_ids=p.task_ids[rows]).forward)
+            few.y[rows] = y
+        assert_same_bits(single.y, whole.y)
+        assert_same_bits(few.y, whole.y)
+
+
 @ops.each("lora_forward", dtypes=(torch.float64,))
 @pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
 def test_gradcheck(run: ops.Overload, dtype: torch.dtype, shape: Shape) -> None:

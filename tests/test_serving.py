@@ -6,12 +6,13 @@ import copy
 import pickle
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.testing
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_modules import EQUAL, MIXED, batch, relative, run, tiny_bert, with_peft, write_adapters
 from torch import nn
 
@@ -226,6 +227,68 @@ def test_heads_of_modules_to_save(tmp_path: Path) -> None:
     plain = merge(write_adapters(tmp_path / "plain", {"red": EQUAL["red"]}), components=0)
     with pytest.raises(ValueError, match=r"task 'red' brought no head: .* no head.safetensors"):
         TaskHeads.from_merged(plain)
+
+
+def classifier(labels: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=40,
+        max_position_embeddings=16,
+        num_labels=labels,
+    )
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def test_heads_in_the_attached_model(tmp_path: Path) -> None:
+    """A merged directory where PEFT's adapters were: one forward gives every row its own task's logits, as PEFT's does."""
+    config = {"r": 4, "target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+    headless = {"r": 4, "target_modules": ["query", "value"]}
+    paths = write_adapters(tmp_path, {"one": config, "two": {**config, "lora_alpha": 20}}, classifier)
+    for seed, path in enumerate(paths):  # trained, as it were
+        tensors = load_file(path / "adapter_model.safetensors")
+        generator = torch.Generator().manual_seed(seed)
+        for key in tensors:
+            if "classifier" in key:
+                tensors[key] = torch.randn(tensors[key].shape, generator=generator)
+        save_file(tensors, path / "adapter_model.safetensors")
+    merge(paths, components=1).save(tmp_path / "merged")
+    merged = MergedAdapters.load(tmp_path / "merged")
+    names = ["two", BASE, "one", "two", "one"]
+    expected = with_peft(classifier(), paths)(**batch(), adapter_names=names).logits
+    model = classifier()
+    own = model.classifier
+    with attach(model, merged) as attachment:
+        assert list(attachment.heads) == ["classifier"] and not any("classifier" in key for key in attachment.layers)
+        logits = model(**batch(), adapter_names=names).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        assert torch.equal(copied(**batch(), adapter_names=names).logits, logits)
+        logits.sum().backward()
+        assert own.weight.grad.isfinite().all()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        with attachment.tasks(names), torch.no_grad():
+            torch.testing.assert_close(compiled(**batch()).logits, logits)
+    assert model.classifier is own
+
+    # Another number of classes, a task without a head, a model without one, and a head that can't be this model's.
+    more = write_adapters(tmp_path / "more", {"five": config}, lambda: classifier(5))
+    bare = write_adapters(tmp_path / "bare", {"none": headless}, classifier)
+    mixed = merge([*paths, *more, *bare], components=1)
+    with attach(model, mixed), torch.no_grad():
+        wide = model(**batch(), adapter_names=["two", BASE, "five", "none", "one"]).logits
+        assert wide.shape == (5, 5)
+        assert wide[[0, 1, 3, 4], 3:].eq(-torch.inf).all() and wide[2].isfinite().all()
+        assert wide[:, :3].isfinite().all()
+    broken = merge(paths, components=1)
+    key = next(key for key in broken.parts["two"].extras if key.endswith("classifier.weight"))
+    broken.parts["two"] = replace(broken.parts["two"], extras={key: torch.zeros(3, 25)})
+    with pytest.raises(ValueError, match=r"module classifier: a head is \[3, 25\]; base_layer takes 24 features"):
+        attach(model, broken)
+    assert model.classifier is own and "forward" not in vars(model)
 
 
 # ---------------------------------------------------------------- compile and export

@@ -1,13 +1,17 @@
-// What shrink and expand share: tokens grouped by task, and a span of a factor laid out for the inner loops.
+// What shrink and expand share: tokens grouped by task, and a task's factor restored from the basis.
 //
-// A unit of work takes a chunk of tokens over a span of positions. The basis of the span is copied once into blocks of
-// consecutive memory (rows of a factor lie a power of two apart more often than not, and would share cache sets), small
-// enough to stay in the second-level cache, and the tokens pass over it a few at a time. So few tokens that they pass once
-// or twice read the basis where it is. What a token alone needs (its row, its task's coefficients) is fetched a block ahead.
+// A token's update is that of its task's restored factors, w = basis[0] + Σ_k c_k ⊙ basis[k + 1], which are never whole
+// anywhere: a task with one token in the chunk has them made in registers and used at once (the direct form), a task with more
+// has a segment of them kept in the cache for all of its tokens (the restored form). Both round alike, in the same order, so a
+// row of the result keeps every bit whatever else is in the batch, and which form a task takes is a matter of speed alone:
+// kRestored below.
 //
-// A task with one token in the chunk takes the direct form, p+1 products with the shared basis. A task with more has its
-// own factor rebuilt for the span first, which costs p products, and then takes one product per token. On a CPU that needs
-// fewer operations from two tokens on.
+// A unit of work takes a chunk of tokens over some positions (expand) or some ranks (shrink), segment by segment. The basis of
+// a segment is read where it is, or, for many tasks, copied once into rows an odd number of cache lines apart (rows of a
+// factor lie a power of two apart more often than not, and would share cache sets).
+//
+// Sums are kept in fp32, fp64 for fp64. Where the CPU multiplies pairs of bf16 (kPairs), bf16 stays bf16: restored factors
+// are rounded to it, as an adapter's own factors in bf16 are, and u is. Elsewhere bf16 and fp16 are widened as they are read.
 #pragma once
 
 #include "tile.h"
@@ -15,34 +19,181 @@
 namespace rmm {
 
 // Some of the active tokens (id ≥ 0), which are sorted by task.
-constexpr int64_t kChunk = 256;
-constexpr int64_t kSpan = 1024;  // positions of a unit of work, at most
-
-// Positions of a unit of work: narrow layers are halved, so that two threads have something to do. Of the width alone: the
-// sums of a row do not depend on what else is in the batch.
-inline int64_t span_of(int64_t width) {
-  if (width > kSpan) return kSpan;
-  const int64_t half = (width + 255) / 256 * 128;
-  return half < 128 ? 128 : half;
-}
+constexpr int64_t kChunk = 128;
 
 struct Chunk {
   const int64_t* order;  // rows of x and y
   const int64_t* tasks;  // task of order[i]
   int64_t count;
+  int64_t restored;  // tokens from which on a task's factors are restored to the cache
 };
+
+// Of a value of a factor, in vector operations: restoring takes a load and a product for each of p components either way. The
+// restored form does so once, stores the value, and takes from then on a product and a fraction of a load for each token,
+// m of them; the direct form does all of it for each. So p + 1 + 1 + m against m (p + 1) or, where the basis is the mean
+// alone, 2 + m against m: `python -m benchmarks.serving forms` measures both, and what the choice costs.
+constexpr int64_t restored_from(int64_t p) { return p == 0 ? 3 : 2; }
 
 namespace RMM_ISA {
 
-constexpr int kBlockBytes = 512;
-template <class T>
-constexpr int kBlock = kBlockBytes / static_cast<int>(sizeof(T));  // positions in a block
-constexpr int kBlockVecs = kBlockBytes / kBytes;
+// So many tasks or groups of lone tokens read the basis where it is; for more, it is copied.
+constexpr int64_t kPasses = 3;
 
 // Tokens an inner loop takes at once: as many as leave their sums in registers.
 constexpr int kTokens = kBytes == 64 ? 6 : 3;
 
-inline int64_t blocks_of(int64_t positions, int64_t block) { return (positions + block - 1) / block; }
+// ---- values of E, how they are multiplied
+
+#if defined(__AVX512BF16__)
+template <class E>
+constexpr bool kPairs = false;
+template <>
+constexpr bool kPairs<BF16> = true;
+#else
+template <class E>
+constexpr bool kPairs = false;
+#endif
+
+template <class E>
+struct SumOf {
+  using type = float;
+};
+template <>
+struct SumOf<double> {
+  using type = double;
+};
+template <class E>
+using Sum = typename SumOf<E>::type;
+
+// What factors, rows of x and u are multiplied as.
+template <class E>
+struct HeldOf {
+  using type = Sum<E>;
+  using reg = Vec<Sum<E>>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct HeldOf<BF16> {
+  using type = BF16;
+  using reg = U32;  // 16 pairs
+};
+#endif
+template <class E>
+using Held = typename HeldOf<E>::type;
+template <class E>
+using Reg = typename HeldOf<E>::reg;
+
+template <class E>
+constexpr int kParts = kPairs<E> ? 2 : 1;  // factors in a product of registers; vectors of sums for a step of positions
+template <class E>
+constexpr int kStep = kParts<E> * kLanes<Sum<E>>;  // positions that the loops go on by: a register of Held
+template <class E>
+constexpr int64_t kSegment = 2048 / static_cast<int64_t>(sizeof(Held<E>));  // positions
+
+// A step of positions, widened. Of pairs, part[0] has the even ones, part[1] the odd ones.
+template <class E>
+struct Wide {
+  Vec<Sum<E>> part[kParts<E>];
+};
+
+template <class E>
+RMM_INLINE Wide<E> widen_step(const E* from) {
+  if constexpr (kPairs<E>) {
+    U32 bits;
+    memcpy(&bits, from, sizeof bits);
+    return {{(Vec<float>)(bits << 16), (Vec<float>)(bits & 0xffff0000u)}};
+  } else {
+    return {{load_as<Sum<E>>(from)}};
+  }
+}
+
+#if defined(__AVX512BF16__)
+// Pairs (low, high), rounded to bf16, in one register. No vector expression of a compiler gives this instruction,
+// or that of add_products.
+RMM_INLINE U32 pair_up(Vec<float> low, Vec<float> high) {
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  const Halves all = (Halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (U32)__builtin_shufflevector(all, all, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26,
+                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#endif
+
+// sum + a · b in every lane; of pairs, both products.
+template <class E>
+RMM_INLINE Vec<Sum<E>> add_products(Vec<Sum<E>> sum, Reg<E> a, Reg<E> b) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs<E>) return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+  if constexpr (!kPairs<E>) return sum + a * b;
+}
+
+// As stored: rounded to E.
+template <class E>
+RMM_INLINE void store_step(E* to, const Wide<E>& wide) {
+  if constexpr (kPairs<E>) {
+    const U32 bits = pair_up(wide.part[0], wide.part[1]);
+    memcpy(to, &bits, sizeof bits);
+  } else {
+    store_as<Sum<E>>(to, wide.part[0]);
+  }
+}
+
+template <class E>
+RMM_INLINE Reg<E> load_held(const Held<E>* from) {
+  Reg<E> reg;
+  memcpy(&reg, from, sizeof reg);
+  return reg;
+}
+
+template <class E>
+RMM_INLINE void store_held(Held<E>* to, Reg<E> reg) {
+  memcpy(to, &reg, sizeof reg);
+}
+
+// The value or pair at `from`, in every lane.
+template <class E>
+RMM_INLINE Reg<E> spread(const Held<E>* from) {
+  if constexpr (kPairs<E>) {
+    uint32_t pair;
+    memcpy(&pair, from, sizeof pair);
+    return U32{} + pair;
+  } else {
+    return splat<Sum<E>>(*from);
+  }
+}
+
+// ---- rows
+
+constexpr int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+
+// Elements between rows of `count` values: whole steps, an odd number of cache lines.
+template <class E>
+int64_t apart(int64_t count, int64_t size) {
+  const int64_t line = 64 / size, lines = (padded(count, kStep<E>) + line - 1) / line;
+  return (lines | 1) * line;
+}
+
+// `count` values of a row in memory order, padded with 0 to whole steps: the row itself where it is like that, else a copy.
+template <class E>
+const E* row_of(const char* from, int64_t stride, int64_t count, E* copy) {
+  const E* const row = reinterpret_cast<const E*>(from);
+  if (stride == 1 && count % kStep<E> == 0) return row;
+  for (int64_t i = 0; i < count; ++i) copy[i] = row[i * stride];
+  for (int64_t i = count; i < padded(count, kStep<E>); ++i) copy[i] = E{};
+  return copy;
+}
+
+// As row_of, as it is multiplied.
+template <class E>
+const Held<E>* held_row(const char* from, int64_t stride, int64_t count, E* copy, Held<E>* held) {
+  const E* const row = row_of<E>(from, stride, count, copy);
+  if constexpr (sizeof(Held<E>) == sizeof(E)) {
+    return reinterpret_cast<const Held<E>*>(row);
+  } else {
+    for (int64_t i = 0; i < count; i += kStep<E>) store(held + i, load_as<Sum<E>>(row + i));
+    return held;
+  }
+}
 
 // How many of chunk's tokens from `first` on are of one task.
 inline int64_t run_length(const Chunk& chunk, int64_t first) {
@@ -51,49 +202,43 @@ inline int64_t run_length(const Chunk& chunk, int64_t first) {
   return last - first;
 }
 
-// How many tokens from `first` on, at most `most`, are each alone with their task.
-inline int64_t singles(const Chunk& chunk, int64_t first, int64_t most) {
-  int64_t count = 0;
-  while (count < most && first + count < chunk.count && run_length(chunk, first + count) == 1) ++count;
-  return count;
-}
-
-// `count` values of a row, in memory order and padded with 0 to whole blocks: the tensor itself where it is like that, else
-// a copy in `scratch`.
-template <class T>
-const T* row_of(Dtype dtype, const char* from, int64_t stride, int64_t count, Vec<T>* scratch) {
-  if (element_size(dtype) == sizeof(T) && stride == 1 && count % kBlock<T> == 0) return reinterpret_cast<const T*>(from);
-  if (count % kBlock<T> != 0) {
-    Vec<T>* const last = scratch + count / kBlock<T> * kBlockVecs;
-    for (int v = 0; v < kBlockVecs; ++v) last[v] = Vec<T>{};
-  }
-  load_row<T>(dtype, from, stride, count, scratch);
-  return reinterpret_cast<const T*>(scratch);
-}
-
-// A factor over a span: blocks of positions, positions innermost, the rest by strides in elements.
-template <class T>
-struct Panel {
-  const T* data;
-  int64_t block, component, rank;
-
-  bool in_place;  // not a copy: `block` is kBlock, a row goes on where its block ends
-
-  const T* at(int64_t b, int64_t k, int64_t j = 0) const { return data + b * block + k * component + j * rank; }
+// Some tokens of a chunk that are treated together: a run of one task's, or up to kTokens whose tasks are too short of tokens
+// to be restored.
+struct Group {
+  int64_t first, count;
+  bool restored;
 };
 
-// Memory that will be read soon, fetched to the first-level cache a few lines at a time from inside the inner loops: the
-// rows are far apart, and the hardware's prefetcher starts anew on each; all at once they would wait for each other.
+inline Group group_at(const Chunk& chunk, int64_t first) {
+  const int64_t run = run_length(chunk, first);
+  if (run >= chunk.restored) return {first, run, true};
+  int64_t count = run;
+  while (first + count < chunk.count && count < kTokens) {
+    const int64_t next = run_length(chunk, first + count);
+    if (next >= chunk.restored) break;
+    count += next;
+  }
+  return {first, count < kTokens ? count : kTokens, false};
+}
+
+inline int64_t groups_of(const Chunk& chunk) {
+  int64_t groups = 0;
+  for (int64_t i = 0; i < chunk.count; ++groups) i += group_at(chunk, i).count;
+  return groups;
+}
+
+// Memory that will be read soon, fetched a few lines at a time from between the inner loops: the rows are far apart, and the
+// hardware's prefetcher starts anew on each; all at once they would wait for each other.
 class Ahead {
  public:
   void clear() { rows_ = at_ = 0, lines_ = 0; }
 
-  // The `count` values of a row from `from` on.
-  void add(Dtype dtype, const char* from, int64_t stride, int64_t count) {
+  // The `count` values of `size` bytes of a row from `from` on.
+  void add(const char* from, int64_t stride, int64_t count, int64_t size) {
     if (stride != 1 || rows_ == kRows || count <= 0) return;
     begin_[rows_] = from;
-    end_[rows_++] = from + count * element_size(dtype);
-    lines_ += (count * element_size(dtype) + 63) / 64;
+    end_[rows_++] = from + count * size;
+    lines_ += (count * size + 63) / 64;
   }
 
   // What is there is fetched in `steps` steps.
@@ -114,97 +259,138 @@ class Ahead {
   int64_t lines_ = 0, step_ = 0;
 };
 
-// A block of a row, all at once. Past the row's end it fetches what is there, which does no harm.
-RMM_INLINE void fetch_block(Dtype dtype, const char* from, int64_t stride) {
-  if (stride != 1) return;
-  const int bytes = element_size(dtype) == 2 ? kBlockBytes / 2 : kBlockBytes;
-  for (int byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
+// ---- the basis
+
+// The basis [p+1, ranks, positions] over a segment, positions innermost, the rest by strides in elements.
+template <class E>
+struct Panel {
+  const E* data;
+  int64_t component, rank;
+  bool in_place;
+
+  const E* at(int64_t j) const { return data + j * rank; }
+};
+
+// Whether a factor can be read where it is, over segments of whole steps.
+template <class E>
+bool readable(const View& factor, int position_axis, int64_t count) {
+  return factor.stride[position_axis] == 1 && count % kStep<E> == 0;
 }
 
-// The factor [p+1, ., .] over `count` positions from `position` on, copied to `packed` as [block][component][rank]; or, for
-// `tokens` that pass over it once or twice, where it is, if that is laid out so. The axes of ranks and positions are given, so
-// that lora_a and lora_b are the same to it.
-template <class T>
-Panel<T> pack(const View& factor, int rank_axis, int position_axis, int64_t position, int64_t count, int64_t tokens,
-              Vec<T>* packed) {
+// `ranks` rows of the factor from `rank` on, over `count` positions from `position` on: where they are, or copied to `room`
+// of (p + 1) · ranks rows.
+template <class E>
+Panel<E> panel_of(const View& factor, int rank_axis, int position_axis, int64_t rank, int64_t ranks, int64_t position,
+                  int64_t count, bool in_place, E* room) {
+  using T = Sum<E>;
   constexpr int W = kLanes<T>;
-  const int64_t components = factor.size[0], ranks = factor.size[rank_axis], size = element_size(factor.dtype);
-  const int64_t along_rank = factor.stride[rank_axis], along_position = factor.stride[position_axis];
-  if (tokens <= 2 * kTokens && size == sizeof(T) && along_position == 1 && count % kBlock<T> == 0) {
-    return {reinterpret_cast<const T*>(factor.data) + position, kBlock<T>, factor.stride[0], along_rank, true};
-  }
-  const T* const data = reinterpret_cast<const T*>(packed);
-  const Panel<T> panel{data, components * ranks * kBlock<T>, ranks * kBlock<T>, kBlock<T>, false};
-  for (int64_t done = 0; done < count; done += kBlock<T>) {
-    const int64_t some = count - done < kBlock<T> ? count - done : kBlock<T>;
-    for (int64_t k = 0; k < components; ++k) {
-      char* const from = factor.at(k) + (position + done) * along_position * size;
-      if (along_position <= along_rank) {
-        for (int64_t j = 0; j < ranks; ++j, packed += kBlockVecs) {
-          const T* const row = row_of<T>(factor.dtype, from + j * along_rank * size, along_position, some, packed);
-          if (row == reinterpret_cast<const T*>(packed)) continue;
-          for (int v = 0; v < kBlockVecs; ++v) packed[v] = load(row + v * W);
-        }
-      } else {
-        for (int v = 0; v < kBlockVecs; ++v) {
-          const int64_t left = some - v * W;
-          const int lanes = left < 0 ? 0 : left < W ? static_cast<int>(left) : W;
-          Vec<T> tile[W];
-          for (int64_t j = 0; j < ranks; j += W) {
-            const int64_t rows = ranks - j < W ? ranks - j : W;
-            load_tile<T>(factor.dtype, from + (v * W * along_position + j * along_rank) * size, along_position, along_rank,
-                         lanes, rows, tile);
-            for (int64_t i = 0; i < rows; ++i) packed[(j + i) * kBlockVecs + v] = tile[i];
-          }
-        }
-        packed += ranks * kBlockVecs;
+  const int64_t size = sizeof(E), along_rank = factor.stride[rank_axis], along_position = factor.stride[position_axis];
+  const char* const first = factor.data + (rank * along_rank + position * along_position) * size;
+  if (in_place) return {reinterpret_cast<const E*>(first), factor.stride[0], along_rank, true};
+  const int64_t row = apart<E>(count, size), full = padded(count, kStep<E>);
+  const Panel<E> panel{room, ranks * row, row, false};
+  for (int64_t k = 0; k < factor.size[0]; ++k) {
+    const char* const from = first + k * factor.stride[0] * size;
+    if (along_position <= along_rank || ranks == 1) {
+      for (int64_t j = 0; j < ranks; ++j, room += row) {
+        const E* const found = row_of<E>(from + j * along_rank * size, along_position, count, room);
+        if (found != room) memcpy(room, found, count * size);
+      }
+      continue;
+    }
+    for (int64_t i = 0; i < full; i += W) {
+      const int64_t left = count - i;
+      const int lanes = left < 0 ? 0 : left < W ? static_cast<int>(left) : W;
+      Vec<T> tile[W];
+      for (int64_t j = 0; j < ranks; j += W) {
+        const int64_t rows = ranks - j < W ? ranks - j : W;
+        load_tile<T>(reinterpret_cast<const E*>(from) + i * along_position + j * along_rank, along_position, along_rank, lanes,
+                     rows, tile);
+        for (int64_t l = 0; l < rows; ++l) store_as<T>(room + (j + l) * row + i, tile[l]);
       }
     }
+    room += ranks * row;
   }
   return panel;
 }
 
-// Rows rows of a block of one task's factor: basis[0] + Σ_k c_k ⊙ basis[k + 1], c [p][block].
-template <class T, int Rows>
-RMM_INLINE void rebuild_rows(const T* basis, int64_t component, int64_t rank, int64_t p, const Vec<T>* c, Vec<T>* factor) {
-  for (int v = 0; v < kBlockVecs; ++v) {
-    Vec<T> row[Rows];
-#pragma GCC unroll 8
-    for (int j = 0; j < Rows; ++j) row[j] = load(basis + j * rank + v * kLanes<T>);
-    for (int64_t k = 0; k < p; ++k) {
-      const T* const from = basis + (k + 1) * component + v * kLanes<T>;
-      const Vec<T> weight = c[k * kBlockVecs + v];
-#pragma GCC unroll 8
-      for (int j = 0; j < Rows; ++j) row[j] += weight * load(from + j * rank);
+constexpr int kFar = 512;  // bytes that the rows of a basis that is read where it is are fetched ahead
+
+// w[j] = basis[0][j] + Σ_k c_k ⊙ basis[k + 1][j] at a step of positions, `Rows` ranks; c [p], `apart` elements apart.
+template <class E, int Rows, bool Far>
+RMM_INLINE void restore(const E* basis, int64_t component, int64_t rank, int64_t p, const E* c, int64_t apart, Wide<E>* w) {
+#pragma GCC unroll 4
+  for (int j = 0; j < Rows; ++j) {
+    w[j] = widen_step<E>(basis + j * rank);
+    if constexpr (Far) __builtin_prefetch(reinterpret_cast<const char*>(basis + j * rank) + kFar);
+  }
+  for (int64_t k = 0; k < p; ++k) {
+    basis += component;
+    const Wide<E> weight = widen_step<E>(c + k * apart);
+#pragma GCC unroll 4
+    for (int j = 0; j < Rows; ++j) {
+      const Wide<E> from = widen_step<E>(basis + j * rank);
+      if constexpr (Far) __builtin_prefetch(reinterpret_cast<const char*>(basis + j * rank) + kFar);
+#pragma GCC unroll 2
+      for (int q = 0; q < kParts<E>; ++q) w[j].part[q] += weight.part[q] * from.part[q];
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < Rows; ++j) factor[j * kBlockVecs + v] = row[j];
   }
 }
 
-// One task's factor from the basis, as [block][rank]. `c` is room for p blocks.
-template <class T>
-Panel<T> rebuild(const Panel<T>& basis, int64_t ranks, const View& coeff, int64_t task, int64_t position, int64_t count,
-                 Vec<T>* c, Vec<T>* factor) {
-  const int64_t p = coeff.size[1];
-  const Panel<T> panel{reinterpret_cast<const T*>(factor), ranks * kBlock<T>, 0, kBlock<T>, false};
-  for (int64_t done = 0, b = 0; done < count; done += kBlock<T>, ++b) {
-    const int64_t some = count - done < kBlock<T> ? count - done : kBlock<T>;
-    for (int64_t k = 0; k < p; ++k) {
-      Vec<T>* const to = c + k * kBlockVecs;
-      const T* const weights = row_of<T>(coeff.dtype, coeff.at(task, k, position + done), coeff.stride[2], some, to);
-      for (int v = 0; v < kBlockVecs; ++v) to[v] = load(weights + v * kLanes<T>);
-    }
-    int64_t j = 0;
-    for (; j + 4 <= ranks; j += 4, factor += 4 * kBlockVecs) {
-      rebuild_rows<T, 4>(basis.at(b, 0, j), basis.component, basis.rank, p, c, factor);
-    }
-    for (; j < ranks; ++j, factor += kBlockVecs) {
-      rebuild_rows<T, 1>(basis.at(b, 0, j), basis.component, basis.rank, p, c, factor);
-    }
+// The coefficients of a task over a segment, [p] rows `apart` elements apart: where they are, or copied to `room`.
+template <class E>
+const E* coefficients(const View& coeff, int64_t task, int64_t position, int64_t count, E* room, int64_t* apart_) {
+  if (coeff.stride[2] == 1 && count % kStep<E> == 0) {
+    *apart_ = coeff.stride[1];
+    return reinterpret_cast<const E*>(coeff.at(task, 0, position));
   }
-  return panel;
+  *apart_ = apart<E>(count, sizeof(E));
+  for (int64_t k = 0; k < coeff.size[1]; ++k) {
+    row_of<E>(coeff.at(task, k, position), coeff.stride[2], count, room + k * *apart_);
+  }
+  return room;
 }
+
+// Scratch of bytes, handed out in pieces of whole cache lines.
+class Room {
+ public:
+  // A piece of `count` values.
+  template <class V>
+  static int64_t bytes(int64_t count) {
+    return padded(count * static_cast<int64_t>(sizeof(V)) + 64, 64);  // and a line more, whole registers past the end
+  }
+
+  explicit Room(int64_t bytes) : data_(static_cast<char*>(aligned_alloc(64, padded(bytes + 64, 64)))), at_(data_) {
+    if (data_ == nullptr) abort();  // a few hundred KiB: the process is out of memory
+  }
+  ~Room() { free(data_); }
+  Room(const Room&) = delete;
+  Room& operator=(const Room&) = delete;
+
+  template <class V>
+  V* take(int64_t count) {
+    V* const taken = reinterpret_cast<V*>(at_);
+    at_ += bytes<V>(count);
+    return taken;
+  }
+
+ private:
+  char* data_;
+  char* at_;
+};
+
+// kernel<E> of a dtype.
+#define RMM_OF_DTYPE(dtype, kernel, ...)  \
+  switch (dtype) {                        \
+    case Dtype::f64:                      \
+      return kernel<double>(__VA_ARGS__); \
+    case Dtype::f32:                      \
+      return kernel<float>(__VA_ARGS__);  \
+    case Dtype::bf16:                     \
+      return kernel<BF16>(__VA_ARGS__);   \
+    case Dtype::f16:                      \
+      return kernel<F16>(__VA_ARGS__);    \
+  }
 
 }  // namespace RMM_ISA
 }  // namespace rmm
@@ -220,16 +406,22 @@ namespace rmm {
 // Every active token, sorted by task (stable), cut into chunks.
 struct TokenPlan {
   std::vector<int64_t> order, tasks;
+  int64_t forced;  // beside restored_from, for benchmarks; 0: not
 
   int64_t chunks() const { return (static_cast<int64_t>(order.size()) + kChunk - 1) / kChunk; }
-  Chunk chunk(int64_t i) const {
+  // Of `p` components.
+  Chunk chunk(int64_t i, int64_t p) const {
     const int64_t left = static_cast<int64_t>(order.size()) - i * kChunk;
-    return {order.data() + i * kChunk, tasks.data() + i * kChunk, left < kChunk ? left : kChunk};
+    return {order.data() + i * kChunk, tasks.data() + i * kChunk, left < kChunk ? left : kChunk,
+            forced > 0 ? forced : restored_from(p)};
   }
 };
 
 // Checks the ids, so it comes before anything is written.
 TokenPlan plan_tokens(const Ids& task_ids, int64_t n);
+
+// Into how many parts each of `chunks` chunks is cut, at most `most`, so that every thread has something to do.
+int64_t parts_of(int64_t chunks, int64_t most);
 
 // u [T, r], contiguous, of the accumulator's dtype; rows of inactive tokens are left alone.
 void run_shrink(const TokenPlan& plan, const View& x, const View& basis_a, const View& coeff_a, const View& u);

@@ -1,4 +1,4 @@
-// lora_expand_: y_t += scaling Σ_k c_k ⊙ (basis_b[k] u_t), lanes over positions.
+// lora_expand_: y_t += scaling w u_t, w the task's restored lora_b, lanes over positions.
 
 #include "lora.h"
 
@@ -9,132 +9,273 @@ struct ExpandArgs {
 };
 
 // Adds to y at positions begin … end for a chunk's tokens.
-RMM_DECLARE_KERNEL(void lora_expand(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int64_t end))
+RMM_DECLARE_KERNEL_BF16(void lora_expand(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int64_t end))
 
 namespace RMM_ISA {
 
-// delta[t] += weight[t] ⊙ Σ_j u[t][j] · w[j] at `Vecs` vectors of positions; a weight of null is 1.
-template <class T, int Tokens, int Vecs>
-RMM_INLINE void expand_tile(const T* w, int64_t row_stride, int64_t r, const T* u, const T* const* weight, int64_t offset,
-                            Vec<T>* delta) {
-  Vec<T> sum[Tokens][Vecs] = {};
-  for (int64_t j = 0; j < r; ++j) {
-    Vec<T> row[Vecs];
+// Positions of vector `part` of a step, of kParts ranks at once; `Left` of them are there, the rest are 0.
+template <class E, int Left>
+RMM_INLINE Reg<E> fold(const Wide<E>* w, int part) {
+  if constexpr (!kPairs<E>) {
+    return w[0].part[0];
+  } else if constexpr (Left == 1) {
+    return pair_up(w[0].part[part], Vec<float>{});
+  } else {
+    return pair_up(w[0].part[part], w[1].part[part]);
+  }
+}
+
+// y[t] += Σ_j u[t][j] · w[j] at `Regs` registers of positions, for Tokens tokens; w is [ranks] rows, `apart` elements apart.
+template <class E, int Tokens, int Regs>
+RMM_INLINE void expand_tile(const Held<E>* w, int64_t apart, int64_t ranks, const Held<E>* u, E* const* y, int64_t position,
+                            Ahead& ahead) {
+  constexpr int64_t held = kStep<E>;  // elements of a register
+  Vec<Sum<E>> sum[Tokens][Regs] = {};
+  for (int64_t j = 0; j < ranks; ++j) {
+    ahead.step();
+    Reg<E> row[Regs];
 #pragma GCC unroll 8
-    for (int v = 0; v < Vecs; ++v) row[v] = load(w + j * row_stride + v * kLanes<T>);
+    for (int v = 0; v < Regs; ++v) row[v] = load_held<E>(w + j * apart + v * held);
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
-      const T ut = u[t * r + j];
+      const Reg<E> ut = spread<E>(u + (t * ranks + j) * kParts<E>);
 #pragma GCC unroll 8
-      for (int v = 0; v < Vecs; ++v) sum[t][v] += ut * row[v];
+      for (int v = 0; v < Regs; ++v) sum[t][v] = add_products<E>(sum[t][v], row[v], ut);
     }
   }
 #pragma GCC unroll 8
   for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 8
-    for (int v = 0; v < Vecs; ++v) {
-      Vec<T>& to = delta[t * kBlockVecs + v];
-      to += weight == nullptr ? sum[t][v] : load(weight[t] + offset + v * kLanes<T>) * sum[t][v];
+    for (int step = 0; step < Regs / kParts<E>; ++step) {
+      E* const at = y[t] + position + step * kStep<E>;
+      Wide<E> value = widen_step<E>(at);
+#pragma GCC unroll 2
+      for (int q = 0; q < kParts<E>; ++q) value.part[q] += sum[t][step * kParts<E> + q];
+      store_step<E>(at, value);
     }
   }
 }
 
-// As expand_tile, for 1 to Tokens tokens and a whole block.
-template <class T, int Tokens>
-void expand_tokens(int64_t tokens, const T* w, int64_t row_stride, int64_t r, const T* u, const T* const* weight,
-                   Vec<T>* delta) {
+// As expand_tile, for 1 to Tokens tokens and a segment of `steps` steps.
+template <class E, int Tokens>
+void expand_tokens(int64_t tokens, const Held<E>* w, int64_t apart, int64_t ranks, const Held<E>* u, E* const* y, int64_t steps,
+                   Ahead& ahead) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return expand_tokens<T, Tokens - 1>(tokens, w, row_stride, r, u, weight, delta);
+    if (tokens < Tokens) return expand_tokens<E, Tokens - 1>(tokens, w, apart, ranks, u, y, steps, ahead);
   }
-  constexpr int vecs = 4;
-  static_assert(kBlockVecs % vecs == 0);
-  for (int v = 0; v < kBlockVecs; v += vecs) {
-    expand_tile<T, Tokens, vecs>(w + v * kLanes<T>, row_stride, r, u, weight, v * kLanes<T>, delta + v);
+  constexpr int regs = 4, few = regs / kParts<E>;
+  int64_t step = 0;
+  for (; step + few <= steps; step += few) {
+    expand_tile<E, Tokens, regs>(w + step * kParts<E> * kStep<E>, apart, ranks, u, y, step * kStep<E>, ahead);
   }
-}
-
-// y += delta over one block.
-template <class T>
-void add_block(Dtype dtype, char* y, int64_t stride, int64_t width, const Vec<T>* delta, Vec<T>* room) {
-  const bool plain = element_size(dtype) == sizeof(T) && stride == 1 && width == kBlock<T>;
-  if (!plain) load_row<T>(dtype, y, stride, width, room);
-  T* const at = plain ? reinterpret_cast<T*>(y) : reinterpret_cast<T*>(room);
-  for (int v = 0; v < kBlockVecs; ++v) store(at + v * kLanes<T>, load(at + v * kLanes<T>) + delta[v]);
-  if (!plain) store_row<T>(dtype, y, stride, width, room);
-}
-
-// The next block of every row of a basis that is read where it is.
-template <class T>
-void fetch_rows(const Panel<T>& panel, int64_t block, int64_t k, int64_t r) {
-  for (int64_t j = 0; j < r; ++j) {
-    const char* const row = reinterpret_cast<const char*>(panel.at(block, k, j));
-    for (int byte = 0; byte < kBlockBytes; byte += 64) __builtin_prefetch(row + byte);
+  for (; step < steps; ++step) {
+    expand_tile<E, Tokens, kParts<E>>(w + step * kParts<E> * kStep<E>, apart, ranks, u, y, step * kStep<E>, ahead);
   }
 }
 
-template <class T>
-void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int64_t end) {
-  const View &y = args.y, &basis = args.basis, &coeff = args.coeff;
-  const int64_t r = basis.size[2], p = coeff.size[1], count = end - begin, blocks = blocks_of(count, kBlock<T>);
-  const int64_t rows = r * kBlockVecs, u_vecs = (chunk.count * r) / kLanes<T> + 1;
-  Scratch<T> scratch((p + 2) * blocks * rows + (2 * kTokens + 1 + p) * kBlockVecs + u_vecs);
-  Vec<T>* const packed = scratch.take((p + 1) * blocks * rows);
-  Vec<T>* const factor = scratch.take(blocks * rows);
-  Vec<T>* const weights = scratch.take(kTokens * kBlockVecs);
-  Vec<T>* const delta = scratch.take(kTokens * kBlockVecs);
-  Vec<T>* const row = scratch.take(kBlockVecs);
-  Vec<T>* const c = scratch.take(p * kBlockVecs);
-  T* const u = reinterpret_cast<T*>(scratch.take(u_vecs));  // [chunk.count, r], scaled
-  const Panel<T> panel = pack<T>(basis, 2, 1, begin, count, chunk.count, packed);
-  for (int64_t i = 0; i < chunk.count; ++i) {
-    const T scale = *reinterpret_cast<const T*>(args.scaling.at(chunk.tasks[i]));
-    for (int64_t j = 0; j < r; ++j) u[i * r + j] = scale * *reinterpret_cast<const T*>(args.u.at(chunk.order[i], j));
-  }
+// What one token needs of a segment.
+template <class E>
+struct Lone {
+  const Held<E>* u;
+  const E* c;  // [p]
+  int64_t apart;
+  Vec<Sum<E>>* sums;  // [steps · kParts]
+};
 
-  for (int64_t i = 0, some; i < chunk.count; i += some) {
-    const int64_t alone = singles(chunk, i, kTokens);
-    some = alone > 0 ? alone : run_length(chunk, i);
-    Panel<T> own{};
-    if (alone == 0) own = rebuild<T>(panel, r, coeff, chunk.tasks[i], begin, count, c, factor);
-    for (int64_t first = i; first < i + some; first += kTokens) {
-      const int64_t tokens = i + some - first < kTokens ? i + some - first : kTokens;
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t position = begin + block * kBlock<T>;
-        const int64_t width = end - position < kBlock<T> ? end - position : kBlock<T>;
-        for (int64_t v = 0; v < tokens * kBlockVecs; ++v) delta[v] = Vec<T>{};
-        // Where this block's tokens, or the next ones, go on.
-        const bool last = block + 1 == blocks;
-        const int64_t ahead = last ? first + tokens : first, from = last ? begin : position + width;
-        const int64_t until = ahead + kTokens < chunk.count ? ahead + kTokens : chunk.count;
-        for (int64_t t = ahead; t < until; ++t) fetch_block(y.dtype, y.at(chunk.order[t], from), y.stride[1]);
-        if (alone == 0) {
-          expand_tokens<T, kTokens>(tokens, own.at(block, 0), own.rank, r, u + first * r, nullptr, delta);
+// sums += Σ_j u[j] · w[j] for `Rows` ranks of a task that is restored in registers.
+template <class E, int Rows, bool Far>
+void expand_alone(const E* basis, const Panel<E>& panel, int64_t p, const Lone<E>& token, int64_t from, int64_t steps,
+                  int64_t rank) {
+  constexpr int folds = (Rows + kParts<E> - 1) / kParts<E>;
+  Reg<E> u[folds];
+#pragma GCC unroll 4
+  for (int j = 0; j < folds; ++j) u[j] = spread<E>(token.u + rank + j * kParts<E>);
+  for (int64_t step = from; step < from + steps; ++step) {
+    Wide<E> w[Rows];
+    restore<E, Rows, Far>(basis + step * kStep<E>, panel.component, panel.rank, p, token.c + step * kStep<E>, token.apart, w);
+#pragma GCC unroll 2
+    for (int q = 0; q < kParts<E>; ++q) {
+      Vec<Sum<E>> sum = token.sums[step * kParts<E> + q];
+#pragma GCC unroll 4
+      for (int j = 0; j < folds; ++j) {
+        sum = add_products<E>(sum, fold < E, Rows<kParts<E> ? 1 : 2>(w + j * kParts<E>, q), u[j]);
+      }
+      token.sums[step * kParts<E> + q] = sum;
+    }
+  }
+}
+
+template <class E, bool Far>
+void expand_lone(const Panel<E>& panel, int64_t r, int64_t p, const Lone<E>* tokens, int64_t count, int64_t steps,
+                 Ahead& ahead) {
+  const int64_t piece = Far ? steps : 8;  // as shrink_lone
+  for (int64_t from = 0; from < steps; from += piece) {
+    const int64_t some = steps - from < piece ? steps - from : piece;
+    int64_t j = 0;
+    for (; j + 4 <= r; j += 4) {
+      for (int64_t t = 0; t < count; ++t) {
+        if (Far && t == 0) {
+          expand_alone<E, 4, true>(panel.at(j), panel, p, tokens[t], from, some, j);
         } else {
-          if (panel.in_place && block + 1 < blocks) fetch_rows(panel, block + 1, 0, r);
-          expand_tokens<T, kTokens>(tokens, panel.at(block, 0), panel.rank, r, u + first * r, nullptr, delta);
-          for (int64_t k = 0; k < p; ++k) {
-            for (int64_t t = ahead; t < until; ++t) {
-              fetch_block(coeff.dtype, coeff.at(chunk.tasks[t], k, from), coeff.stride[2]);
-            }
-            const T* weight[kTokens];
-            for (int64_t t = 0; t < tokens; ++t) {
-              const char* const at = coeff.at(chunk.tasks[first + t], k, position);
-              weight[t] = row_of<T>(coeff.dtype, at, coeff.stride[2], width, weights + t * kBlockVecs);
-            }
-            if (panel.in_place && block + 1 < blocks) fetch_rows(panel, block + 1, k + 1, r);
-            expand_tokens<T, kTokens>(tokens, panel.at(block, k + 1), panel.rank, r, u + first * r, weight, delta);
-          }
+          expand_alone<E, 4, false>(panel.at(j), panel, p, tokens[t], from, some, j);
         }
-        for (int64_t t = 0; t < tokens; ++t) {
-          add_block<T>(y.dtype, y.at(chunk.order[first + t], position), y.stride[1], width, delta + t * kBlockVecs, row);
-        }
+        ahead.step();
+      }
+    }
+    for (; j + kParts<E> <= r; j += kParts<E>) {
+      for (int64_t t = 0; t < count; ++t) {
+        expand_alone<E, kParts<E>, false>(panel.at(j), panel, p, tokens[t], from, some, j);
+      }
+    }
+    for (; j < r; ++j) {
+      for (int64_t t = 0; t < count; ++t) expand_alone<E, 1, false>(panel.at(j), panel, p, tokens[t], from, some, j);
+    }
+  }
+}
+
+// Rows of a task over a segment: [ranks / kParts] rows, `apart` elements apart.
+template <class E, int Rows, bool Far>
+void expand_rows(const E* basis, const Panel<E>& panel, int64_t p, const E* c, int64_t c_apart, int64_t steps, Held<E>* to,
+                 int64_t apart) {
+  for (int64_t step = 0; step < steps; ++step) {
+    Wide<E> w[Rows];
+    restore<E, Rows, Far>(basis + step * kStep<E>, panel.component, panel.rank, p, c + step * kStep<E>, c_apart, w);
+#pragma GCC unroll 4
+    for (int j = 0; j < (Rows + kParts<E> - 1) / kParts<E>; ++j) {
+#pragma GCC unroll 2
+      for (int q = 0; q < kParts<E>; ++q) {
+        store_held<E>(to + j * apart + (step * kParts<E> + q) * kStep<E>, fold < E,
+                      Rows<kParts<E> ? 1 : 2>(w + j * kParts<E>, q));
       }
     }
   }
 }
 
+template <class E>
+void expand_factor(const Panel<E>& panel, int64_t r, int64_t p, const E* c, int64_t c_apart, int64_t steps, Held<E>* to,
+                   int64_t apart) {
+  int64_t j = 0;
+  for (; j + 4 <= r; j += 4, to += 4 / kParts<E> * apart) {
+    if (panel.in_place) {
+      expand_rows<E, 4, true>(panel.at(j), panel, p, c, c_apart, steps, to, apart);
+    } else {
+      expand_rows<E, 4, false>(panel.at(j), panel, p, c, c_apart, steps, to, apart);
+    }
+  }
+  for (; j + kParts<E> <= r; j += kParts<E>, to += apart) {
+    expand_rows<E, kParts<E>, false>(panel.at(j), panel, p, c, c_apart, steps, to, apart);
+  }
+  for (; j < r; ++j, to += apart) expand_rows<E, 1, false>(panel.at(j), panel, p, c, c_apart, steps, to, apart);
+}
+
+// u of a chunk's tokens, scaled, as it is multiplied: [count, ranks · kParts], 0 past r. `row` is room for one.
+template <class E>
+void scaled_rows(const ExpandArgs& args, const Chunk& chunk, int64_t r, int64_t ranks, Sum<E>* row, Held<E>* to) {
+  for (int64_t i = 0; i < chunk.count; ++i, to += ranks * kParts<E>) {
+    const Sum<E> scale = *reinterpret_cast<const Sum<E>*>(args.scaling.at(chunk.tasks[i]));
+    for (int64_t j = 0; j < r; ++j) row[j] = scale * *reinterpret_cast<const Sum<E>*>(args.u.at(chunk.order[i], j));
+    if constexpr (kPairs<E>) {
+      for (int64_t j = r; j < padded(r, kLanes<float>); ++j) row[j] = 0.0f;
+      for (int64_t j = 0; j < ranks * 2; j += kLanes<float>) {
+        const U16 bits = narrow(load(row + j), BF16{});
+        const int64_t left = ranks * 2 - j;
+        memcpy(to + j, &bits, (left < kLanes<float> ? left : kLanes<float>)*sizeof(BF16));
+      }
+    } else {
+      memcpy(to, row, r * sizeof(Sum<E>));
+    }
+  }
+}
+
+template <class E>
+void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int64_t end) {
+  using T = Sum<E>;
+  const View &y = args.y, &basis = args.basis, &coeff = args.coeff;
+  const int64_t r = basis.size[2], p = coeff.size[1], width = end - begin, size = sizeof(E);
+  const int64_t ranks = (r + kParts<E> - 1) / kParts<E>;  // rows of factors
+  const int64_t segment = width < kSegment<E> ? width : kSegment<E>, most = padded(segment, kStep<E>);
+  const int64_t apart_e = apart<E>(segment, size), apart_held = apart<E>(most * kParts<E>, sizeof(Held<E>));
+  const bool in_place = groups_of(chunk) <= kPasses && readable<E>(basis, 1, width);
+  const int64_t packed_rows = in_place ? 0 : (p + 1) * r;
+  Room room(Room::bytes<E>(packed_rows * apart_e) + Room::bytes<Held<E>>(ranks * apart_held) +
+            Room::bytes<E>(kTokens * p * apart_e) + Room::bytes<E>(kTokens * apart_e) + Room::bytes<T>(kTokens * most) +
+            Room::bytes<T>(padded(r, kLanes<T>)) + Room::bytes<Held<E>>(chunk.count * ranks * kParts<E>));
+  E* const packed = room.take<E>(packed_rows * apart_e);
+  Held<E>* const factor = room.take<Held<E>>(ranks * apart_held);
+  E* const weights = room.take<E>(kTokens * p * apart_e);
+  E* const copies = room.take<E>(kTokens * apart_e);
+  Vec<T>* const sums = reinterpret_cast<Vec<T>*>(room.take<T>(kTokens * most));
+  T* const row = room.take<T>(padded(r, kLanes<T>));
+  Held<E>* const u = room.take<Held<E>>(chunk.count * ranks * kParts<E>);
+  scaled_rows<E>(args, chunk, r, ranks, row, u);
+
+  Ahead ahead;
+  for (int64_t position = begin; position < end; position += segment) {
+    const int64_t count = end - position < segment ? end - position : segment;
+    const int64_t steps = padded(count, kStep<E>) / kStep<E>;
+    const Panel<E> panel = panel_of<E>(basis, 2, 1, 0, r, position, count, in_place, packed);
+    for (int64_t i = 0; i < chunk.count;) {
+      const Group group = group_at(chunk, i);
+      int64_t c_apart;
+      if (group.restored) {
+        const E* const c = coefficients<E>(coeff, chunk.tasks[i], position, count, weights, &c_apart);
+        expand_factor<E>(panel, r, p, c, c_apart, steps, factor, apart_held);
+      }
+      for (int64_t done = 0; done < group.count; done += kTokens) {
+        const int64_t first = i + done, left = group.count - done, tokens = left < kTokens ? left : kTokens;
+        // What the next tokens read.
+        ahead.clear();
+        const int64_t next = first + tokens, last = next + kTokens < chunk.count ? next + kTokens : chunk.count;
+        for (int64_t t = next; t < last; ++t) {
+          ahead.add(y.at(chunk.order[t], position), y.stride[1], count, size);
+          for (int64_t k = 0; k < p && (t == next || chunk.tasks[t] != chunk.tasks[t - 1]); ++k) {
+            ahead.add(coeff.at(chunk.tasks[t], k, position), coeff.stride[2], count, size);
+          }
+        }
+        E* rows[kTokens];
+        for (int64_t t = 0; t < tokens; ++t) {
+          char* const at = y.at(chunk.order[first + t], position);
+          rows[t] = const_cast<E*>(row_of<E>(at, y.stride[1], count, copies + t * apart_e));
+        }
+        const Held<E>* const us = u + first * ranks * kParts<E>;
+        if (group.restored) {
+          ahead.spread(steps * kParts<E> / 4 * ranks);
+          expand_tokens<E, kTokens>(tokens, factor, apart_held, ranks, us, rows, steps, ahead);
+        } else {
+          Lone<E> lone[kTokens];
+          for (int64_t t = 0; t < tokens; ++t) {
+            const E* const c =
+                coefficients<E>(coeff, chunk.tasks[first + t], position, count, weights + t * p * apart_e, &c_apart);
+            lone[t] = {us + t * ranks * kParts<E>, c, c_apart, sums + t * most / kLanes<T>};
+            for (int64_t v = 0; v < steps * kParts<E>; ++v) lone[t].sums[v] = Vec<T>{};
+          }
+          ahead.spread(r / 4 * tokens * (in_place ? 1 : steps / 8));
+          if (in_place) {
+            expand_lone<E, true>(panel, r, p, lone, tokens, steps, ahead);
+          } else {
+            expand_lone<E, false>(panel, r, p, lone, tokens, steps, ahead);
+          }
+          for (int64_t t = 0; t < tokens; ++t) {
+            for (int64_t step = 0; step < steps; ++step) {
+              Wide<E> value = widen_step<E>(rows[t] + step * kStep<E>);
+              for (int q = 0; q < kParts<E>; ++q) value.part[q] += lone[t].sums[step * kParts<E> + q];
+              store_step<E>(rows[t] + step * kStep<E>, value);
+            }
+          }
+        }
+        for (int64_t t = 0; t < tokens; ++t) {
+          if (rows[t] != copies + t * apart_e) continue;
+          E* const to = reinterpret_cast<E*>(y.at(chunk.order[first + t], position));
+          for (int64_t at = 0; at < count; ++at) to[at * y.stride[1]] = rows[t][at];
+        }
+      }
+      i += group.count;
+    }
+  }
+}
+
 void lora_expand(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int64_t end) {
-  args.y.dtype == Dtype::f64 ? expand_chunk<double>(args, chunk, begin, end) : expand_chunk<float>(args, chunk, begin, end);
+  RMM_OF_DTYPE(args.y.dtype, expand_chunk, args, chunk, begin, end)
 }
 
 }  // namespace RMM_ISA
@@ -156,14 +297,15 @@ void check_expand(const View& y, const View& basis_b, const View& coeff_b, const
 void run_expand(const TokenPlan& plan, const View& y, const View& u, const View& basis_b, const View& coeff_b,
                 const View& scaling) {
   const ExpandArgs args{y, u, basis_b, coeff_b, scaling};
-  const int64_t r = basis_b.size[2], width = y.size[1], chunks = plan.chunks();
-  const int64_t span = span_of(width), parts = (width + span - 1) / span;
-  const auto kernel = RMM_KERNEL(lora_expand);
+  constexpr int64_t least = 64;  // positions; whole steps of every dtype
+  const int64_t r = basis_b.size[2], width = y.size[1], pieces = (width + least - 1) / least, chunks = plan.chunks();
   const int64_t work = static_cast<int64_t>(plan.order.size()) * r * width;
-  torch::stable::parallel_for(0, chunks * parts, work < 32768 ? chunks * parts : 1, [&](int64_t begin, int64_t end) {
+  const int64_t parts = work < 32768 ? 1 : parts_of(chunks, pieces), units = chunks * parts;
+  const auto kernel = RMM_KERNEL_BF16(lora_expand);
+  torch::stable::parallel_for(0, units, work < 32768 ? units : 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t from = unit % parts * span;
-      kernel(args, plan.chunk(unit / parts), from, std::min(from + span, width));
+      const int64_t part = unit % parts, from = part * pieces / parts * least, to = (part + 1) * pieces / parts * least;
+      if (from < width) kernel(args, plan.chunk(unit / parts, coeff_b.size[1]), from, std::min(to, width));
     }
   });
 }

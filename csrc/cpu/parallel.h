@@ -9,7 +9,7 @@
 namespace rmm {
 
 inline int64_t lanes(Dtype dtype) {
-  const int64_t bytes = isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16;
+  const int64_t bytes = isa() >= Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16;
   return bytes / (dtype == Dtype::f64 ? 8 : 4);
 }
 
