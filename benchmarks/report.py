@@ -278,16 +278,24 @@ def speed(result: Result) -> str:
 RENDERED: dict[Path, Callable[[Result], str]] = {ROOT / "README.md": speed, ROOT / "benchmarks" / "README.md": tables}
 
 
-def rendered(readme: Path, source: Path | None = None) -> str:
-    """`readme` with its block written anew from `source`, or from the result that its marker names."""
-    text = readme.read_text(encoding="utf-8")
-    found = _BLOCK.search(text)
+def _block(readme: Path) -> re.Match[str]:
+    found = _BLOCK.search(readme.read_text(encoding="utf-8"))
     if found is None:
         raise ValueError(f"{readme} has no block marked <!-- from RESULT, by python -m benchmarks.report -->")
-    path = ROOT / found["path"] if source is None else source
+    return found
+
+
+def source(readme: Path) -> Path:
+    """The stored result that the marker of `readme` names."""
+    return ROOT / _block(readme)["path"]
+
+
+def rendered(readme: Path, result: Path | None = None) -> str:
+    """`readme` with its block written anew from `result`, or from the one that its marker names."""
+    found = _block(readme)
+    path = source(readme) if result is None else result
     marker = f"<!-- from {path.relative_to(ROOT)}, by python -m benchmarks.report -->\n"
-    body = RENDERED[readme](load(path))
-    return text[: found.start()] + marker + body + found[3] + text[found.end() :]
+    return found.string[: found.start()] + marker + RENDERED[readme](load(path)) + found[3] + found.string[found.end() :]
 
 
 def publish(result: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -226,7 +227,7 @@ def main() -> int:
     found, status = run_all([f"--turns={turns}", f"--patience={patience}"], options.only, options.quick)
     if found is None:
         return status
-    command = " ".join(("python -m benchmarks.run", *sys.argv[1:]))
+    command = shlex.join(("python", "-m", "benchmarks.run", *sys.argv[1:]))
     result = summarise(found, command, turns)
     if not options.only:
         result["scaling"] = []

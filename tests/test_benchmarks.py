@@ -43,13 +43,18 @@ def test_a_changed_figure_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert report.rendered(changed) == readme.read_text(encoding="utf-8") != changed.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*cores.json")) or [None], ids=lambda path: path and path.name)
-def test_stored_results_say_what_they_are_of(path: Path) -> None:
-    stored = json.loads(path.read_text())
-    if "rows" not in stored:
-        pytest.skip("of another program")
+@pytest.mark.parametrize("readme", report.RENDERED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_stored_result_says_what_it_is_of(readme: Path) -> None:
+    stored = report.load(report.source(readme))
     assert {"date", "command", "revision", "machine", "versions", "build", "ceilings"} <= set(stored)
-    assert all(row["ours"]["median"] > 0 for row in stored["rows"])
+    assert len(stored["rows"]) > 20 and all(row["ours"]["median"] > 0 for row in stored["rows"])
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text('{"format": 1}')
+    with pytest.raises(ValueError, match="is of format 1; this reads 2: measure again"):
+        report.load(old)
 
 
 # ---------------------------------------------------------------- what is withheld
