@@ -113,7 +113,8 @@ def test_memory_traffic(dtype: torch.dtype, rank_inner: bool) -> None:
         for run, passes in zip(launches, (1, 2), strict=True):  # over x, and over y
             memory, size = run["global"], dtype.itemsize
             assert run["widest_global_load"] == 16 and run["local"]["requests"] == 0
-            assert memory["load"]["efficiency"] >= 0.9 and memory["store"]["efficiency"] >= 0.9
+            for row in run["regions"]:
+                assert row["ideal_sectors"] >= 0.9 * row["sectors"], row
             assert run["shared"]["wavefronts"] <= 1.2 * run["shared"]["ideal_wavefronts"]
             model = size * 512 * ((shape.p + 1) * r + shape.p * tokens + passes * tokens)
             moved = 32 * (memory["load"]["sectors"] + memory["store"]["sectors"])

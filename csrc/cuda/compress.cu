@@ -130,6 +130,14 @@ __global__ void compress_team(const __grid_constant__ Compress args) {
     using Element = decltype(dtype);
     each_loaded<Element>(args.x, n, first, positions, thread, static_cast<int>(blockDim.x),
                          [&](int i, int position, int j, const float (&values)[kVector<Element>], int count) {
+                           if (!args.x.positions_inside && count == kVector<Element> && r % 4 == 0) {
+                             float* const to = all + position * args.team_size + i * r + j;
+#pragma unroll
+                             for (int e = 0; e < kVector<Element>; e += 4) {
+                               store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
+                             }
+                             return;
+                           }
 #pragma unroll
                            for (int e = 0; e < kVector<Element>; ++e) {
                              // From another neighbour in each position's turn: else all would meet one bank.
@@ -229,7 +237,6 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
   args.mean = args.at.end + static_cast<int>(spare ? n * components : 0);
   args.energies = args.mean + static_cast<int>(r);
   args.scales = args.energies + static_cast<int>(k);
-  const int64_t lanes = k <= 16 ? 8 : k <= 32 ? 32 : 256;
   const int64_t size = (static_cast<int64_t>(args.scales) + 5 + 31) / 32 * 32 + 8;  // teams of 8 side by side meet all banks
   args.team_size = static_cast<int>(size);
 
@@ -247,9 +254,9 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
   if (per_thread) {
     const float share = static_cast<float>(1.0 / std::sqrt(static_cast<double>(n)));
     launch_thread(queue, CompressThread{args.x, args.basis, args.coeff, args.energy, args.n, args.spread, share});
-  } else if (lanes == 8) {
+  } else if (team_lanes(k) == 8) {
     launch_team<8>(queue, args, 16, most_floats / 2);
-  } else if (lanes == 32) {
+  } else if (team_lanes(k) == 32) {
     launch_team<32>(queue, args, 8, most_floats / 2);
   } else {
     launch_team<256>(queue, args, 1, most_floats);

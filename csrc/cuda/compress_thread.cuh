@@ -98,8 +98,19 @@ __device__ __forceinline__ void load_warp(const CompressThread& args, const Warp
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) values[e] = e < count ? Storage<T>::widen(at[e * step]) : 0.0f;
     }
+    if constexpr (kWidth == 4) {
+      store_shared(to, values[0], values[1], values[2], values[3]);
+    } else {  // some lanes their second half first: two rows side by side then meet all banks
+      const bool second = args.x.positions_inside && lane / 4 % 2 == 1;
+      float half[4];
 #pragma unroll
-    for (int e = 0; e < kWidth; e += 4) store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
+      for (int turn = 0; turn < 2; ++turn) {
+        const bool upper = second != (turn == 1);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) half[e] = upper ? values[e + 4] : values[e];
+        store_shared(to + (upper ? 4 : 0), half[0], half[1], half[2], half[3]);
+      }
+    }
   };
   if (args.x.positions_inside) {
     constexpr int kChunks = 32 / kWidth, kRows = kWidth;  // of a row of 32 positions; rows in a turn
@@ -216,13 +227,9 @@ __device__ __forceinline__ void householder(float (&y)[K][kRanks], float (&tau)[
   }
 }
 
-// One-sided Jacobi: rotates the columns until they are orthogonal, the longer ones mostly first. A sweep after which no two are
-// worth another look is known by what it turned: let d be two columns' dot product before their turn, then what later turns
-// of the sweep bring back of it is at most d · (their tangents) ~ d² / gap, or d² by the lengths. norms: squared, at the end.
+// One-sided Jacobi: rotates the columns until they are orthogonal. norms: squared.
 template <int K>
 __device__ __forceinline__ void jacobi(float (&a)[K][K], float (&norms)[K]) {
-  constexpr float kSettled = 3e-7f;  // of d² over the products of squared lengths, or the square of half the gap
-  constexpr float kNoise = 1e-33f;   // of d² over ‖A‖⁴: nothing that counts has so little
   float total = 0;
 #pragma unroll
   for (int c = 0; c < K; ++c) {
@@ -232,15 +239,14 @@ __device__ __forceinline__ void jacobi(float (&a)[K][K], float (&norms)[K]) {
   const float noise = kNoise * total * total;
 #pragma unroll 1
   for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
-    float worst = -noise;
+    float worst = 0;
 #pragma unroll
     for (int round = 0; round < K; ++round) {
 #pragma unroll
       for (int pair = 0; pair < meetings(K, round); ++pair) {
         const int p = column_of(K, meeting(K, round, pair).left), q = column_of(K, meeting(K, round, pair).right);
-        const float along = dot(a[p], a[q]);
-        const Turn turn(norms[p], norms[q], along);
-        worst = fmaxf(worst, fmaf(-kSettled, fminf(norms[p] * norms[q], turn.gap2), along * along) - noise);
+        const Turn turn(norms[p], norms[q], dot(a[p], a[q]));
+        worst = fmaxf(worst, turn.excess);
         norms[p] = turn.longer;
         norms[q] = turn.shorter;
 #pragma unroll
@@ -253,7 +259,7 @@ __device__ __forceinline__ void jacobi(float (&a)[K][K], float (&norms)[K]) {
     }
 #pragma unroll
     for (int c = 0; c < K; ++c) norms[c] = dot(a[c], a[c]);
-    if (worst <= 0) break;
+    if (worst <= noise) break;
   }
 }
 

@@ -22,6 +22,7 @@ struct Directions {
 inline Directions directions_at(int64_t start, int64_t r, int64_t columns, int64_t p, int64_t room) {
   Directions d{};
   const int64_t k = r < columns ? r : columns, rows = r < columns ? columns : r;
+  const int group = team_group(team_lanes(k));
   int64_t next = start;
   const auto take = [&next](int64_t count) {
     const int64_t at = next;
@@ -30,10 +31,11 @@ inline Directions directions_at(int64_t start, int64_t r, int64_t columns, int64
   };
   d.r = static_cast<int>(r), d.columns = static_cast<int>(columns), d.k = static_cast<int>(k), d.p = static_cast<int>(p);
   d.rows = static_cast<int>(rows);
-  d.y_stride = d.rows | 1, d.core_stride = d.k | 1, d.u_stride = d.r | 1;
-  d.y = take(k * (rows | 1));
-  d.core = take(k * (k | 1));
-  d.u = take(p * (r | 1));
+  d.y_stride = static_cast<int>(column_stride(rows, group)), d.core_stride = static_cast<int>(column_stride(k, group));
+  d.u_stride = static_cast<int>(column_stride(r, group));
+  d.y = take(k * column_stride(rows, group));
+  d.core = take(k * column_stride(k, group));
+  d.u = take(p * column_stride(r, group));
   d.tau = take(k), d.diagonal = take(k), d.norms = take(k), d.kept = take(k), d.order = take(k);
   d.room = take(k < room ? room : k);
   d.end = take(0);
@@ -55,7 +57,7 @@ __device__ void find_directions(const T& team, const Directions& d, float* memor
                                                                 : 0.0f;
   }
   team.sync();
-  jacobi(team, core, d.k, d.core_stride, norms);
+  orthogonalise(team, core, d.k, d.core_stride, norms);
   sort(team, d.k, norms, order);
   for (int c = team.lane; c < d.k; c += kLanes) {
     const float norm = norms[order[c]], first = norms[order[0]];
@@ -69,10 +71,13 @@ __device__ void find_directions(const T& team, const Directions& d, float* memor
     float square = 0;
     for (int i = team.in_group; i < d.k; i += T::kGroup) {
       float along = diagonal[i] * column[i];
-      if (d.tall()) {
-        for (int j = 0; j < i; ++j) along = fmaf(y[i * d.y_stride + j], column[j], along);  // (Rᵀu)_i
-      } else {
-        for (int j = i + 1; j < d.k; ++j) along = fmaf(y[j * d.y_stride + i], column[j], along);  // (Ru)_i
+      const float *of_r = d.tall() ? y + i * d.y_stride : y + (i + 1) * d.y_stride + i,
+                  *of_u = d.tall() ? column : column + i + 1;
+      const int step = d.tall() ? 1 : d.y_stride;
+#pragma unroll 4
+      for (int left = d.tall() ? i : d.k - 1 - i; left > 0; --left) {  // (Rᵀu)_i, or (Ru)_i
+        along = fmaf(*of_r, *of_u++, along);
+        of_r += step;
       }
       square = fmaf(along, along, square);
     }

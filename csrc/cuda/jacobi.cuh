@@ -59,63 +59,34 @@ __device__ __forceinline__ float exact_rsqrt(float x) {
   return fmaf(y, residual, y);
 }
 
-// Whether columns p and q of squared norms pp and qq and dot product pq are to be rotated: not orthogonal, or p the shorter
-// one. Not where both are negligible.
-__device__ __forceinline__ bool needs_turn(float pp, float qq, float pq, float floor) {
-  constexpr float kTolerance = 3.4f * kEpsilon;
-  const float gap = pp - qq, radius2 = fmaf(gap, gap, 4.0f * pq * pq);
-  const bool slanted = pq * pq > (kTolerance * pp) * (kTolerance * qq) && pp * qq > floor;
-  return (slanted || qq > pp) && radius2 > kTiny;
-}
-
-// Below this product of squared norms, of a matrix with the sum of squares `total`, two columns are both negligible.
-__device__ __forceinline__ float negligible(float total) {
-  constexpr float kShare = 0.7f * kEpsilon;
-  const float square = total * (kShare * kShare);
-  return square * square;
-}
-
-// The rotation that makes p and q orthogonal and p the longer one; updates pp and qq. The angle need only be good (it is found
-// again next sweep), but cosine² + sine² = 1 must hold to rounding, or columns drift in length.
-__device__ __forceinline__ void find_turn(float& pp, float& qq, float pq, float& cosine, float& sine) {
-  const float gap = pp - qq, radius2 = fmaf(gap, gap, 4.0f * pq * pq);
-  const float inverse = quick_rsqrt(radius2);
-  const float z = fmaf(0.5f * fabsf(gap), inverse, 0.5f);  // cos² of the smaller angle
-  const float slope = pq * inverse;                        // its cos · sin
-  const float root = quick_rsqrt(fmaf(z, z, slope * slope));
-  float large = z * root, small = slope * root;
-  const float excess = 0.5f * fmaf(small, small, fmaf(large, large, -1.0f));
-  large = fmaf(-excess, large, large);
-  small = fmaf(-excess, small, small);
-  const float shift = pq * small * root;  // how far the squared norms move apart
-  const bool swap = qq > pp;
-  const float longer = (swap ? qq : pp) + shift, shorter = (swap ? pp : qq) - shift;
-  pp = longer;
-  qq = fmaxf(shorter, 0.0f);
-  cosine = swap ? fabsf(small) : large;
-  sine = swap ? copysignf(large, pq) : small;
-}
-
-// The rotation that makes two columns of squared norms pp and qq and dot product `along` orthogonal, p the longer one, as three
-// shears: p += half · q, q −= sine · p, p += half · q. How exact it is does not matter: the columns are measured again, and
-// what multiplies them from the right leaves their left singular vectors alone.
+// The rotation that makes two columns of squared norms pp and qq and dot product `along` orthogonal, p the longer one:
+// p' = cosine · p + sine · q, q' = cosine · q − sine · p, or as three shears p += half · q, q −= sine · p, p += half · q. How
+// exact it is does not matter: the columns are measured again, and what multiplies them from the right leaves their left
+// singular vectors alone.
+//
+// A sweep after which no two columns are worth another look is known by what it turned: what later turns of the sweep bring
+// back of a dot product is about that product times their tangents, its square by half the gap or by the lengths. `excess` is
+// how far the square is above what is settled; if it nowhere exceeds kNoise · ‖A‖⁴, which nothing that counts stays below, all
+// is.
 struct Turn {
-  float half, sine, longer, shorter, gap2;
+  float half, cosine, sine, longer, shorter, excess;
   __device__ __forceinline__ Turn(float pp, float qq, float along) {
+    constexpr float kSettled = 3e-7f;
     longer = fmaxf(pp, qq);
     shorter = fminf(pp, qq);
-    const float gap = longer - shorter, twice = along + along;
-    gap2 = fmaf(gap, gap, kTiny);
+    const float gap = longer - shorter, twice = along + along, gap2 = fmaf(gap, gap, kTiny);
+    excess = fmaf(along, along, -kSettled * fminf(pp * qq, gap2));
     const float tangent = quick_ratio(twice, gap + quick_root(fmaf(twice, twice, gap2)));
     const float large = quick_rsqrt(fmaf(tangent, tangent, 1.0f)), small = tangent * large;
     const bool swap = qq > pp;
-    const float cosine = swap ? small : large;
+    cosine = swap ? small : large;
     sine = swap ? large : small;
     half = quick_ratio(sine, 1.0f + cosine);
     longer = fmaf(along, tangent, longer);
     shorter = fmaf(-along, tangent, shorter);
   }
 };
+constexpr float kNoise = 1e-33f;
 
 // Odd-even order: `columns` columns in a row, in each of `columns` rounds neighbours meet and trade places, so that in the end
 // all have met; pairs of a round share no column. Columns move like beads on a ring of twice that length, and a column's slot

@@ -1,6 +1,6 @@
 // A matrix per team of threads, in shared memory: Householder QR, one-sided Jacobi, orthonormal columns. As csrc/cpu/jacobi.h.
 //
-// Columns are `stride` floats apart, an odd number, so that threads at different columns meet different banks. Every function
+// Columns are `stride` floats apart, see column_stride. Every function
 // is called by all threads of a team together; what they pass on to each other lies in shared memory between two sync().
 #pragma once
 
@@ -9,10 +9,17 @@
 
 namespace rmm {
 
-// Lanes: 8 for up to 16 columns, 32 for up to 32, 256 (a block) for up to 64. Half as many groups as columns, one per pair.
+// Threads for k columns, up to 64, and in a group of them, one group for each pair of columns; 256 are a block.
+__host__ __device__ constexpr int team_lanes(int64_t k) { return k <= 16 ? 8 : k <= 32 ? 32 : 256; }
+__host__ __device__ constexpr int team_group(int lanes) { return lanes == 8 ? 1 : lanes == 32 ? 2 : 8; }
+
+// Floats from one column of `rows` to the next, so that a team's groups at different columns meet different banks: an odd
+// multiple of their size.
+inline int64_t column_stride(int64_t rows, int group) { return (((rows + group - 1) / group) | 1) * group; }
+
 template <int Lanes>
 struct Team {
-  static constexpr int kGroup = Lanes == 8 ? 1 : Lanes == 32 ? 2 : 8;
+  static constexpr int kGroup = team_group(Lanes);
   static constexpr int kGroups = Lanes / kGroup;
   static constexpr bool kBlock = Lanes > 32;
 
@@ -58,6 +65,13 @@ struct Team {
     return value;
   }
 
+  // Over a team's groups, of at most a warp; the same in all.
+  __device__ float sum_of_groups(float value) const {
+#pragma unroll
+    for (int step = kGroup; step < kGroup * kGroups; step *= 2) value += __shfl_xor_sync(team_mask, value, step);
+    return value;
+  }
+
   __device__ uint32_t largest(uint32_t value) const {
 #pragma unroll
     for (int step = 1; step < (Lanes < 32 ? Lanes : 32); step *= 2) {
@@ -79,12 +93,15 @@ struct Team {
   // a · b over `from` ≤ i < rows, shared out in a group; the same in all its threads.
   __device__ float dot(const float* a, const float* b, int from, int rows) const {
     float even = 0, odd = 0;
-    int i = from + in_group;
-    for (; i + kGroup < rows; i += 2 * kGroup) {
-      even = fmaf(a[i], b[i], even);
-      odd = fmaf(a[i + kGroup], b[i + kGroup], odd);
+    int left = rows - from - in_group;
+    a += from + in_group;
+    b += from + in_group;
+#pragma unroll 2
+    for (; left > kGroup; left -= 2 * kGroup, a += 2 * kGroup, b += 2 * kGroup) {
+      even = fmaf(a[0], b[0], even);
+      odd = fmaf(a[kGroup], b[kGroup], odd);
     }
-    if (i < rows) even = fmaf(a[i], b[i], even);
+    if (left > 0) even = fmaf(a[0], b[0], even);
     return group_sum(even + odd);
   }
 };
@@ -104,6 +121,7 @@ __device__ void householder(const T& team, float* a, int rows, int k, int stride
       float* const column = a + c * stride;
       const float top = column[j];
       const float step = turn * fmaf(head, top, team.dot(v, column, j + 1, rows));
+#pragma unroll 4
       for (int i = j + 1 + team.in_group; i < rows; i += T::kGroup) column[i] = fmaf(-step, v[i], column[i]);
       team.sync_group();  // all have read column[j]
       if (team.in_group == 0) column[j] = fmaf(-step, head, top);
@@ -126,6 +144,7 @@ __device__ void finish_column(const T& team, const float* a, int rows, int k, in
   for (int j = k - 1; j >= 0; --j) {
     const float* const v = a + j * stride;
     const float step = tau[j] * team.dot(v, column, j, rows);
+#pragma unroll 4
     for (int i = j + team.in_group; i < rows; i += T::kGroup) column[i] = fmaf(-step, v[i], column[i]);
     team.sync_group();
   }
@@ -157,7 +176,7 @@ __device__ void finish_column(const T& team, const float* a, int rows, int k, in
 // norms.
 template <class T>
 __device__ void jacobi(const T& team, float* a, int k, int stride, float* norms) {
-  float floor = 0;
+  float noise = 0;
   for (int sweep = 0;; ++sweep) {
     for (int c = team.group; c < k; c += T::kGroups) {
       const float square = team.dot(a + c * stride, a + c * stride, 0, k);
@@ -168,35 +187,131 @@ __device__ void jacobi(const T& team, float* a, int k, int stride, float* norms)
     if (sweep == 0) {
       float total = 0;
       for (int c = 0; c < k; ++c) total += norms[c];
-      floor = negligible(total);
+      noise = kNoise * total * total;
       team.sync();
     }
-    bool swept = false;
+    float worst = 0;
     for (int round = 0; round < k; ++round) {
       for (int pair = team.group; pair < meetings(k, round); pair += T::kGroups) {
         const Slots at = meeting(k, round, pair);
         float *const p = a + at.left * stride, *const q = a + at.right * stride;
-        const float pq = team.dot(p, q, 0, k);
-        float pp = norms[at.left], qq = norms[at.right];
+        const Turn turn(norms[at.left], norms[at.right], team.dot(p, q, 0, k));
+        worst = fmaxf(worst, turn.excess);
         team.sync_group();
-        if (needs_turn(pp, qq, pq, floor)) {
-          swept = true;
-          float cosine, sine;
-          find_turn(pp, qq, pq, cosine, sine);
-          for (int i = team.in_group; i < k; i += T::kGroup) {
-            const float pi = p[i], qi = q[i];
-            p[i] = fmaf(cosine, pi, sine * qi);
-            q[i] = fmaf(cosine, qi, -sine * pi);
-          }
-          if (team.in_group == 0) {
-            norms[at.left] = pp;
-            norms[at.right] = qq;
-          }
+        for (int i = team.in_group; i < k; i += T::kGroup) {
+          const float pi = p[i], qi = q[i];
+          p[i] = fmaf(turn.cosine, pi, turn.sine * qi);
+          q[i] = fmaf(turn.cosine, qi, -turn.sine * pi);
+        }
+        if (team.in_group == 0) {
+          norms[at.left] = turn.longer;
+          norms[at.right] = turn.shorter;
         }
       }
       team.sync();
     }
-    if (!team.any(swept)) break;
+    if (!team.any(worst > noise)) sweep = kMaxSweeps - 1;
+  }
+}
+
+// The same with the columns in registers, two of up to Rows · kGroup entries in each group's, and so of up to 2 · kGroups
+// columns. Odd-even order again, of which here the places stay and the columns move: neighbours trade places when they meet, in
+// even rounds those of one group, in odd ones a group's right one and the next group's left one, which comes over for it. After
+// a sweep the order is turned round, and so is, for the next one, who is to be the longer.
+template <int Rows, class T>
+__device__ __forceinline__ void jacobi_in_registers(const T& team, float* core, int k, int stride, float* norms) {
+  constexpr int kLanes = T::kGroup * T::kGroups;
+  const int pairs = (k + 1) / 2, group = team.group;
+  const bool idle = group >= pairs, last = group == pairs - 1;
+  const int next = idle ? team.lane : (last ? 0 : group + 1) * T::kGroup + team.in_group;
+  const int before = idle ? team.lane : (group == 0 ? pairs - 1 : group - 1) * T::kGroup + team.in_group;
+  float a[Rows], b[Rows];
+#pragma unroll
+  for (int t = 0; t < Rows; ++t) {
+    const int i = team.in_group + t * T::kGroup;
+    a[t] = i < k && 2 * group < k ? core[2 * group * stride + i] : 0.0f;
+    b[t] = i < k && 2 * group + 1 < k ? core[(2 * group + 1) * stride + i] : 0.0f;
+  }
+  const auto dot = [&](const float (&x)[Rows], const float (&y)[Rows]) {
+    float even = 0, odd = 0;
+#pragma unroll
+    for (int t = 0; t < Rows; t += 2) {
+      even = fmaf(x[t], y[t], even);
+      odd = fmaf(x[t + 1], y[t + 1], odd);
+    }
+    return team.group_sum(even + odd);
+  };
+  float aa = dot(a, a), bb = dot(b, b);
+  const float total = team.sum_of_groups(aa + bb), noise = kNoise * total * total;
+  bool rising = false;  // the longer one of a pair goes right; else left
+#pragma unroll 1
+  for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
+    rising = !rising;
+    float worst = 0;
+#pragma unroll 1
+    for (int round = 0; round < pairs; ++round) {
+      {
+        const Turn turn(rising ? aa : bb, rising ? bb : aa, dot(a, b));
+        const float sine = rising ? turn.sine : -turn.sine, half = rising ? turn.half : -turn.half;
+        worst = fmaxf(worst, turn.excess);
+#pragma unroll
+        for (int t = 0; t < Rows; ++t) {
+          const float about = fmaf(half, b[t], a[t]);
+          b[t] = fmaf(-sine, about, b[t]);
+          a[t] = fmaf(half, b[t], about);
+        }
+        aa = rising ? turn.longer : turn.shorter;  // a is the right one now
+        bb = rising ? turn.shorter : turn.longer;
+      }
+#pragma unroll
+      for (int t = 0; t < Rows; ++t) b[t] = __shfl_sync(team.team_mask, b[t], next, kLanes);
+      bb = __shfl_sync(team.team_mask, bb, next, kLanes);
+      {
+        // The last one has met the first one, which only passes through: they change places.
+        const Turn turn(rising ? aa : bb, rising ? bb : aa, dot(a, b));
+        const float cosine = last ? 0.0f : turn.cosine, sine = last ? 1.0f : rising ? turn.sine : -turn.sine;
+        worst = fmaxf(worst, last ? 0.0f : turn.excess);
+        const float a_before = aa;
+        aa = last ? bb : rising ? turn.longer : turn.shorter;
+        bb = last ? a_before : rising ? turn.shorter : turn.longer;
+#pragma unroll
+        for (int t = 0; t < Rows; ++t) {
+          const float at = a[t];
+          a[t] = fmaf(cosine, at, sine * b[t]);
+          b[t] = fmaf(cosine, b[t], -sine * at);
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < Rows; ++t) a[t] = __shfl_sync(team.team_mask, a[t], before, kLanes);
+      aa = __shfl_sync(team.team_mask, aa, before, kLanes);
+    }
+    aa = dot(a, a);
+    bb = dot(b, b);
+    if (!team.any(worst > noise)) break;
+  }
+  // The longest first; where k is odd, a column of zeros is beyond.
+  const int places = 2 * pairs, of_a = rising ? places - 1 - 2 * group : 2 * group, of_b = rising ? of_a - 1 : of_a + 1;
+#pragma unroll
+  for (int t = 0; t < Rows; ++t) {
+    const int i = team.in_group + t * T::kGroup;
+    if (i < k && !idle && of_a < k) core[of_a * stride + i] = a[t];
+    if (i < k && !idle && of_b < k) core[of_b * stride + i] = b[t];
+  }
+  if (team.in_group == 0 && !idle && of_a < k) norms[of_a] = aa;
+  if (team.in_group == 0 && !idle && of_b < k) norms[of_b] = bb;
+  team.sync();
+}
+
+template <class T>
+__device__ void orthogonalise(const T& team, float* core, int k, int stride, float* norms) {
+  if constexpr (T::kBlock) {
+    jacobi(team, core, k, stride, norms);
+  } else if (k <= 8 * T::kGroup) {
+    jacobi_in_registers<8>(team, core, k, stride, norms);
+  } else if (T::kGroup == 2 && k <= 12 * T::kGroup) {
+    jacobi_in_registers<12>(team, core, k, stride, norms);
+  } else {
+    jacobi_in_registers<16>(team, core, k, stride, norms);
   }
 }
 

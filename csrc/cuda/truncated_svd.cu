@@ -143,9 +143,9 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd_op(Tensor x, int64_t rank) {
   if (rank == 0) return {u, s, vh};
   args.x = plane_of(in);
   args.u = view(u, 3, "u"), args.s = view(s, 2, "s"), args.vh = view(vh, 3, "vh");
-  if (shorter <= 16) {
+  if (team_lanes(shorter) == 8) {
     launch_svd<8>(queue, args, 16, most_floats / 2);
-  } else if (shorter <= 32) {
+  } else if (team_lanes(shorter) == 32) {
     launch_svd<32>(queue, args, 8, most_floats / 2);
   } else {
     launch_svd<256>(queue, args, 1, most_floats);

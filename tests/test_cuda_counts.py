@@ -1,0 +1,41 @@
+"""What CUDA compress executes and moves, per matrix, and its predicted time (benchmarks/cuda_counts.py), within bounds."""
+
+from __future__ import annotations
+
+import pytest
+import simulator
+
+from benchmarks import cuda_counts
+from benchmarks.cuda_counts import Case
+
+pytestmark = pytest.mark.skipif(not simulator.ops(), reason="nvcc is not on PATH")
+
+# Most thread-instructions a matrix: what was counted, and a little.
+INSTRUCTIONS = {
+    (16, 8): 13_000,
+    (8, 8): 11_500,
+    (16, 20): 260_000,
+    (32, 8): 115_000,
+    (64, 8): 175_000,
+    (32, 20): 920_000,
+    (64, 34): 8_200_000,
+}
+
+
+@pytest.mark.parametrize("case", cuda_counts.CASES, ids=str)
+def test_counts(case: Case) -> None:
+    found = cuda_counts.count(case)
+    print(found)
+    assert found.threads <= INSTRUCTIONS[case.r, case.n]
+    assert found.wavefronts <= 1.2
+    # A block holds one position of K > 32: side by side with others, it reads and writes single values.
+    if case.n <= 32:
+        assert set(found.coalescing) == {"x", "basis", "coeff", "energy"}
+        assert min(found.coalescing.values()) >= 0.9
+        assert found.moved <= 1.05 * case.floor
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["ranks", "positions"])
+def test_predicted_time_of_16_by_8(inside: bool) -> None:
+    """A prediction for an H100, not a measurement: at most three times what moving the bytes would take."""
+    assert cuda_counts.count(Case(16, 8, inside=inside)).floors <= 3
