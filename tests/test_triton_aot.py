@@ -71,8 +71,10 @@ def facts(case: Case, target: str) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("target", triton_runs.TARGETS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+COMPILED = [(case, target) for case in CASES for target in case.targets or triton_runs.TARGETS]
+
+
+@pytest.mark.parametrize("case, target", COMPILED, ids=[f"{case.name}-{target}" for case, target in COMPILED])
 def test_compiled(case: Case, target: str) -> None:
     rows = facts(case, target)
     for row in rows:
@@ -109,10 +111,10 @@ def test_simulated(case: Case) -> None:
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     """Prints what was compiled."""
     columns = ("case", "kernel", "arch", "registers", "spills", "shared", "mma", "wgmma", "wide", "async", "instructions")
-    rows = [row for case in CASES for target in triton_runs.TARGETS for row in facts(case, target)]
+    rows = [row for case, target in COMPILED for row in facts(case, target)]
     widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in columns} if rows else {}
     with capsys.disabled():
         print()
         for row in [dict(zip(columns, columns, strict=True)), *rows]:
             print("  ".join(str(row[key]).ljust(widths.get(key, 0)) for key in columns))
-    assert len(rows) >= len(CASES) * len(triton_runs.TARGETS)
+    assert len(rows) >= len(COMPILED)
