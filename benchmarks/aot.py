@@ -69,11 +69,13 @@ class _Target:
 
 def compiled(what: Launch, arch: str) -> Any:
     """The kernel, specialised as the JIT would for these very arguments, compiled for `arch`."""
-    before, driver._active = driver._active, _Target(target_of(arch))
+    place = "_active" if hasattr(driver, "_active") else "active"  # the latter in Triton 3.4
+    before = getattr(driver, place)
+    setattr(driver, place, _Target(target_of(arch)))
     try:
         return what.kernel.run(*what.arguments, grid=what.grid, warmup=True, **what.options())
     finally:
-        driver._active = before
+        setattr(driver, place, before)
 
 
 def resources(kernel: Any) -> dict[str, int]:
