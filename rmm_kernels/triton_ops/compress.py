@@ -105,8 +105,10 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
         "VECTOR": vector,
         "RANKS_TOGETHER": basis.stride(2) == 1,
     }
-    if _in_registers(n - 1, r, components):
-        lanes = 64 if lora.arch(x.device).startswith("gfx") else 32
+    arch = lora.arch(x.device)
+    # For sm_100 the compiler packs pairs of numbers, which takes registers: it spills but where loads come in fours.
+    if _in_registers(n - 1, r, components) and (vector == 4 or not arch.startswith("sm_10")):
+        lanes = 64 if arch.startswith("gfx") else 32
         launch(
             _compress_columns,
             (triton.cdiv(positions, lanes),),
