@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -90,6 +91,35 @@ def vllm(arguments: tuple[Tensor, ...], factors: tuple[Tensor, Tensor]) -> Call:
     return call
 
 
+def sglang(arguments: tuple[Tensor, ...], factors: tuple[Tensor, Tensor]) -> Call:
+    """SGLang's segmented kernels; tokens that follow one another with one task are a segment, as a request's are there."""
+    from sglang.srt.lora.triton_ops import sgemm_lora_a_fwd, sgemm_lora_b_fwd
+    from sglang.srt.lora.utils import LoRABatchInfo
+
+    y, x, *_, ids, scaling = arguments
+    lora_a, lora_b = factors
+    tasks, lengths = ids.unique_consecutive(return_counts=True)
+    known = {
+        "use_cuda_graph": True,
+        "bs": len(tasks),
+        "num_segments": len(tasks),
+        "seg_lens": lengths.int(),
+        "seg_indptr": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int(),
+        "weight_indices": tasks.int(),
+        "max_len": int(lengths.max()),
+        "lora_ranks": torch.full((len(lora_a),), lora_a.shape[1], dtype=torch.int32, device=x.device),
+        "scalings": scaling,
+        "permutation": None,
+    }
+    # Fields come and go with its versions; those without a default are all among these.
+    info = LoRABatchInfo(**{field.name: known[field.name] for field in fields(LoRABatchInfo) if field.name in known})
+
+    def call() -> Tensor:
+        return sgemm_lora_b_fwd(sgemm_lora_a_fwd(x, lora_a, info), lora_b, info, y)
+
+    return call
+
+
 def compress_svd(x: Tensor) -> Call:
     def call() -> tuple[Tensor, Tensor]:
         matrices = x.permute(1, 2, 0)
@@ -161,8 +191,9 @@ def measure() -> dict[str, Any]:
             row = {"op": "lora_forward_", "shape": f"T={tokens} n={n} r={r} p={COMPONENTS} d={WIDTH} bf16"}
             row["ours"] = cold(lambda a=arguments: rmm_kernels.lora_forward_(*a))
             row["gather + bmm"] = attempt(lambda a=arguments, f=factors: gather_bmm(a, f))
-            if importlib.util.find_spec("vllm"):
-                row["vllm"] = attempt(lambda a=arguments, f=factors: vllm(a, f))
+            for name, make in (("vllm", vllm), ("sglang", sglang)):
+                if importlib.util.find_spec(name):
+                    row[name] = attempt(lambda make=make, a=arguments, f=factors: make(a, f))
             rows.append(row)
     for r, n in COMPRESS:
         x = torch.randn(n, POSITIONS, r, device="cuda", generator=torch.Generator("cuda").manual_seed(0))

@@ -69,7 +69,7 @@ class Overload:
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """GPU kernels have no fp64; Triton's interpreter rounds to bf16 wrongly, towards zero."""
+        """GPU kernels have no fp64; for bf16 in Triton's interpreter there is tests/test_triton_overloads.py."""
         own = FLOATS if self.backend in ("reference", "cpu") else FLOATS[:-1]
         return tuple(d for d in own if d != torch.bfloat16 or self.way != "interpreter")
 

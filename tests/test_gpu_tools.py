@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +19,8 @@ from lora_inputs import FEW_SHAPES, problem
 from ops import assert_same_bits, one_thread  # noqa: F401
 from test_lora_forward import check
 
+import rmm_kernels
+from benchmarks import gpu, tune
 from rmm_kernels.triton_ops import lora, lora_forward
 from rmm_kernels.triton_ops.lora import Config, Row
 
@@ -46,11 +51,68 @@ def test_model_prints_its_tables() -> None:
     assert all(name in done.stdout for name in ("A100", "H100", "H200", "B200", "n=1000", "**0."))
 
 
+def test_sglang_kernels_get_what_they_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of SGLang, the same in plain torch: segment by segment, in the form that its kernels read."""
+
+    @dataclass
+    class LoRABatchInfo:
+        bs: int
+        seg_lens: torch.Tensor
+        seg_indptr: torch.Tensor
+        weight_indices: torch.Tensor
+        scalings: torch.Tensor
+        max_len: int
+        lora_ranks: torch.Tensor
+        permutation: torch.Tensor | None
+        has_active_lora: bool = False
+
+    def segments(info: LoRABatchInfo) -> Iterator[tuple[slice, int]]:
+        for i in range(info.bs):
+            begin, length, task = (int(v[i]) for v in (info.seg_indptr, info.seg_lens, info.weight_indices))
+            assert 0 < length <= info.max_len
+            yield slice(begin, begin + length), task
+
+    def shrink(x: torch.Tensor, lora_a: torch.Tensor, info: LoRABatchInfo) -> torch.Tensor:
+        u = x.new_empty(len(x), lora_a.shape[1])
+        for rows, task in segments(info):
+            u[rows] = x[rows] @ lora_a[task].T
+        return u
+
+    def expand(u: torch.Tensor, lora_b: torch.Tensor, info: LoRABatchInfo, y: torch.Tensor) -> torch.Tensor:
+        for rows, task in segments(info):
+            y[rows] += u[rows] @ lora_b[task].T * info.scalings[task].to(y.dtype)
+        return y
+
+    ops_module, utils = ModuleType("sglang.srt.lora.triton_ops"), ModuleType("sglang.srt.lora.utils")
+    ops_module.sgemm_lora_a_fwd, ops_module.sgemm_lora_b_fwd, utils.LoRABatchInfo = shrink, expand, LoRABatchInfo
+    for module in (ops_module, utils):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("sglang", "sglang.srt", "sglang.srt.lora"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for tokens, n in ((5, 3), (300, 4)):
+        arguments = gpu.forward_inputs(tokens, n, 16, "cpu", width=64)
+        y = arguments[0].clone()
+        gpu.sglang((y, *arguments[1:]), gpu.restored(arguments))()
+        rmm_kernels.lora_forward_(*arguments)
+        assert (y.float() - arguments[0].float()).norm() <= 2e-2 * arguments[0].float().norm()
+
+
 def test_tune() -> None:
-    done = run(sys.executable, "-m", "benchmarks.tune", "--dry-run", "--ranks", "16", "--components", "4")
+    done = run(sys.executable, "-m", "benchmarks.tune", "--list", "--ranks", "16", "--components", "4")
     assert done.returncode == 0, done.stderr
     assert "expand T=8192 r=16 p=4 d=4096" in done.stdout
     assert run(sys.executable, "-m", "benchmarks.tune", "-o", os.devnull).returncode == 1
+
+
+def test_tune_compiles_its_candidates(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: a candidate that is fit, one that wants more shared memory than there is."""
+    tried = [Config(16, 32, 16, num_stages=2), Config(128, 128, 16, num_stages=4)]
+    monkeypatch.setattr(tune, "candidates", lambda *sizes: tried)
+    monkeypatch.setitem(lora.SHARED, "sm_80", 65536)
+    assert tune.rehearse("shrink", "sm_80", 16, 16, 2, 512) == 1
+    fit, unfit = capsys.readouterr().out.splitlines()
+    assert fit.startswith("ok") and "'spills': 0" in fit
+    assert unfit.startswith("UNFIT") and "block_d=128" in unfit
 
 
 def test_table_of_ones_own(tmp_path: Path) -> None:

@@ -8,22 +8,19 @@ meant, 128-bit loads, asynchronous copies in pipelined loops; from the simulator
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
-import triton.backends.nvidia
 import triton_runs
 from ops import one_thread  # noqa: F401
 from triton_cases import CASES as COMPRESSION
 from triton_cases import Case
 from triton_lora_cases import CASES as FORWARD
 
+from benchmarks import aot
 from rmm_kernels.triton_ops._launch import Launch
 
 CASES = [*COMPRESSION, *FORWARD]
@@ -51,28 +48,9 @@ TRAFFIC = 1.1
 @cache
 def launches(case: Case, target: str) -> tuple[Launch, ...]:
     """What a case launches on `target`; nothing runs."""
-    collected: list[Launch] = []
-    with triton_runs.running(collected.append), triton_runs.configured_for(target):
-        case.call()
+    collected = aot.launches(case.call, target)
     assert collected, f"{case.name} launches nothing"
     return tuple(collected)
-
-
-def resources(kernel: Any) -> dict[str, int]:
-    """Registers a thread, bytes it spills, shared memory, of one compiled kernel."""
-    if "amdgcn" in kernel.asm:
-        text = kernel.asm["amdgcn"]
-        found = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
-        return {"registers": found["vgpr_count"], "spills": found["vgpr_spill_count"], "shared": kernel.metadata.shared}
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True, timeout=300
-        ).stdout
-    found = {key: int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
-    return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"], "shared": kernel.metadata.shared}
 
 
 @cache
@@ -80,10 +58,10 @@ def facts(case: Case, target: str) -> list[dict[str, Any]]:
     """One row for each kernel that the case launches."""
     rows = []
     for what in launches(case, target):
-        kernel = triton_runs.compiled(what, target)
+        kernel = aot.compiled(what, target)
         text = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
         code = re.sub(r"//.*|\s;.*", "", text) if "ptx" in kernel.asm else text
-        row = {"case": case.name, "kernel": what.kernel.__name__, "arch": target, **resources(kernel)}
+        row = {"case": case.name, "kernel": what.kernel.__name__, "arch": target, **aot.resources(kernel)}
         row["mma"] = len(re.findall(TENSOR_CORE[target], code))
         row["wgmma"] = len(re.findall(r"\bwgmma\.mma_async", code))
         row["wide"] = len(re.findall(WIDE_LOAD.get(target, WIDE_LOAD_PTX), code))
@@ -93,8 +71,10 @@ def facts(case: Case, target: str) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("target", triton_runs.TARGETS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+COMPILED = [(case, target) for case in CASES for target in case.targets or triton_runs.TARGETS]
+
+
+@pytest.mark.parametrize("case, target", COMPILED, ids=[f"{case.name}-{target}" for case, target in COMPILED])
 def test_compiled(case: Case, target: str) -> None:
     rows = facts(case, target)
     for row in rows:
@@ -131,10 +111,10 @@ def test_simulated(case: Case) -> None:
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     """Prints what was compiled."""
     columns = ("case", "kernel", "arch", "registers", "spills", "shared", "mma", "wgmma", "wide", "async", "instructions")
-    rows = [row for case in CASES for target in triton_runs.TARGETS for row in facts(case, target)]
+    rows = [row for case, target in COMPILED for row in facts(case, target)]
     widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in columns} if rows else {}
     with capsys.disabled():
         print()
         for row in [dict(zip(columns, columns, strict=True)), *rows]:
             print("  ".join(str(row[key]).ljust(widths.get(key, 0)) for key in columns))
-    assert len(rows) >= len(CASES) * len(triton_runs.TARGETS)
+    assert len(rows) >= len(COMPILED)

@@ -14,7 +14,9 @@ def _problem(shape: Shape, dtype: torch.dtype, tasks: int) -> Problem:
     return problem(shape, dtype, seed=3).change(task_ids=torch.arange(shape.tokens) % tasks)
 
 
-def _case(tokens: int, width: int, r: int, p: int, tasks: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+def _case(
+    tokens: int, width: int, r: int, p: int, tasks: int, dtype: torch.dtype = torch.bfloat16, simulated: bool = True
+) -> Case:
     shape = Shape(tokens, width, width, r, max(tasks, 2), p)
     batch = gpu_model.Batch(tokens, r, p, width, width, tokens, tasks, uniform=tasks == 1, itemsize=dtype.itemsize)
 
@@ -27,7 +29,7 @@ def _case(tokens: int, width: int, r: int, p: int, tasks: int, dtype: torch.dtyp
         dot=dtype != torch.float32,
         wgmma=dtype != torch.float32 and tokens > 64,
         asynchronous=True,
-        bytes=sum(work.requested for work in gpu_model.kernels(batch, "sm_80").values()),
+        bytes=sum(work.requested for work in gpu_model.kernels(batch, "sm_80").values()) if simulated else None,
     )
 
 
@@ -36,4 +38,6 @@ CASES = [
     _case(64, 512, 64, 8, 64, torch.float16),
     _case(128, 512, 16, 4, 16),
     _case(128, 512, 64, 4, 1),
+    _case(2048, 512, 16, 4, 16, simulated=False),
+    _case(2048, 512, 256, 16, 16, simulated=False),
 ]

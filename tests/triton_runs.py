@@ -6,53 +6,29 @@ Both take the launch exactly as a GPU would get it: the same kernel, grid, argum
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import triton.language as tl
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
-from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from rmm_kernels.triton_ops import _launch, lora
 from rmm_kernels.triton_ops._launch import Launch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import ptxsim
+
+from benchmarks.aot import compiled
+from benchmarks.aot import running as running
 
 SEEDS = (1, 2)
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-
-
-@contextmanager
-def running(run: Callable[[Launch], None]) -> Iterator[None]:
-    """Launches go to `run`."""
-    before, _launch.run = _launch.run, run
-    try:
-        yield
-    finally:
-        _launch.run = before
-
-
-@contextmanager
-def configured_for(target: str) -> Iterator[None]:
-    """The launchers of the forward choose their parameters for one of TARGETS."""
-    before, lora.arch = lora.arch, lambda device: target
-    try:
-        yield
-    finally:
-        lora.arch = before
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 # ---------------------------------------------------------------- the interpreter
@@ -69,47 +45,45 @@ def _language() -> None:
 _language.__globals__.setdefault("tl_core", tl.core)
 
 
+def _cast(builder: Any, src: Any, dst_type: Any) -> Any:
+    """The interpreter's own, but that fp32 is rounded to bf16 as hardware does: to nearest, ties to even. It would truncate."""
+    if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+        return _own_cast(builder, src, dst_type)
+    rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
+    return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+
+
+def _dot(builder: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
+    """The interpreter's own, but that operands in bf16, which it keeps as integers and would multiply as such, are widened."""
+    if a.dtype.scalar == tl.bfloat16:
+        a, b = _own_cast(builder, a, tl.float32), _own_cast(builder, b, tl.float32)
+    return _own_dot(builder, a, b, d, *how)
+
+
+_own_cast = interpreter.InterpreterBuilder.cast_impl
+_own_dot = interpreter.InterpreterBuilder.create_dot
+
+
 def interpret(what: Launch) -> None:
     """Runs every program of the grid in numpy, on CPU tensors.
 
     Functions that the kernel calls, Triton's own ones too, are not decorated for the interpreter: they are made so at the
-    call. The parts of the language that those use are patched for the time of the launch, as the interpreter patches them.
+    call. The parts of the language that those use are patched for the time of the launch, as the interpreter patches them;
+    and numpy has no bf16: what the interpreter does wrongly for want of it, and our kernels need, is mended (_cast, _dot).
     """
+    builder = interpreter.InterpreterBuilder
     call, JITFunction.__call__ = JITFunction.__call__, _call_interpreted
     scope = interpreter._patch_lang(_language)
+    builder.cast_impl, builder.create_dot = _cast, _dot
     try:
         interpreter.InterpretedFunction(what.kernel.fn)[what.grid](*what.arguments, **what.options())
     finally:
+        builder.cast_impl, builder.create_dot = _own_cast, _own_dot
         scope.restore()
         JITFunction.__call__ = call
 
 
 # ---------------------------------------------------------------- ahead of time, and the simulator
-
-
-class _Target:
-    """As much of a driver as compiling needs."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_device(self) -> str:
-        return f"{self.target.backend}:{self.target.arch}"  # so that kernels of several targets are kept apart
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-
-def compiled(what: Launch, target: str) -> Any:
-    """The kernel, specialised as the JIT would for these very arguments, compiled for one of TARGETS."""
-    before, driver._active = driver._active, _Target(TARGETS[target])
-    try:
-        return what.kernel.run(*what.arguments, grid=what.grid, warmup=True, **what.options())
-    finally:
-        driver._active = before
 
 
 def runtime_arguments(what: Launch, kernel: Any) -> list[Any]:

@@ -2,12 +2,16 @@
 
 Y, the centred vectors in a Helmert basis (see csrc/cpu/compress.cpp), has K = min(r, n−1) singular values and no guaranteed
 zero. The vectors of its shorter side are the lines of a tile [C, M, B] of B positions: where Y is tall (r ≥ n−1) tasks,
-whose lines Jacobi turns into u σ; where it is wide ranks, and the rotations, gathered in V, give u.
+whose lines Jacobi turns into u σ; where it is wide ranks, and the rotations, gathered in V, give u. A tall Y of few numbers
+(8 tasks of 16 ranks, say) takes a kernel of its own, a position per lane and everything in registers (_columns.py); there
+the coefficients come from Y = QR, Yᵀu = Rᵀ(Qᵀu), by the inverse of the Helmert reduction.
 
 Numerics: fp32 throughout, no tensor cores, nothing fused but where tl.fma says so.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from . import lora
+from ._columns import (
+    columns_of,
+    head,
+    householder,
+    in_lanes,
+    jacobi_columns,
+    orthonormal_columns,
+    padded,
+    reflected,
+    total,
+)
 from ._jacobi import (
     DEFICIENT,
     LARGEST,
@@ -30,6 +46,9 @@ from ._jacobi import (
 )
 from ._launch import launch, require, require_floats, vector_width
 from ._limits import LARGEST_K, LARGEST_TILE, compress_fits, power_of_two
+
+# Numbers of a matrix that a lane's registers hold: reflectors and triangle while it turns, reflectors and directions after.
+_TURNING, _TURNED = 161, 140
 
 # What is not worth a kernel of its own per value.
 SIZES = [
@@ -59,13 +78,8 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     if positions == 0 or r == 0:
         return basis, coeff, energy.fill_(0)
     require(compress_fits(n, r, components), f"min(r, n - 1) of at most {LARGEST_K}, tiles of at most {LARGEST_TILE} values")
-    lines, length, chosen = (power_of_two(side) for side in (min(r, n - 1), max(r, n - 1), components))
-    tile = max(lines * length, chosen * power_of_two(r))
     vector = vector_width(x)
-    group = max(1, min(32 // x.element_size(), LARGEST_TILE // 2 // tile))  # 32 bytes of neighbouring positions
-    launch(
-        _compress_tile,
-        (triton.cdiv(positions, group),),
+    arguments = (
         x,
         basis,
         coeff,
@@ -81,23 +95,198 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
         basis.stride(1) // vector,
         basis.stride(2),
         *coeff.stride(),
-        inverse_n=1.0 / n,
-        spread=1.0 / (n**0.5 - 1.0) if n > 1 else 0.0,
+    )
+    lines, length, chosen = (power_of_two(side) for side in (min(r, n - 1), max(r, n - 1), components))
+    constants: dict[str, Any] = {
+        "inverse_n": 1.0 / n,
+        "spread": 1.0 / (n**0.5 - 1.0) if n > 1 else 0.0,
+        "C": lines,
+        "M": length,
+        "VECTOR": vector,
+        "RANKS_TOGETHER": basis.stride(2) == 1,
+    }
+    arch = lora.arch(x.device)
+    # For sm_100 the compiler packs pairs of numbers, which takes registers: it spills but where loads come in fours.
+    if _in_registers(n - 1, r, components) and (vector == 4 or not arch.startswith("sm_10")):
+        lanes = 64 if arch.startswith("gfx") else 32
+        launch(
+            _compress_columns,
+            (triton.cdiv(positions, lanes),),
+            *arguments,
+            **constants,
+            inverse_root_n=n**-0.5,
+            B=lanes,
+            K=n - 1,
+            COUNT=min(components, n - 1),
+            num_warps=1,
+        )
+        return basis, coeff, energy
+    tile = max(lines * length, chosen * power_of_two(r))
+    group = max(1, min(32 // x.element_size(), LARGEST_TILE // 2 // tile))  # 32 bytes of neighbouring positions
+    launch(
+        _compress_tile,
+        (triton.cdiv(positions, group),),
+        *arguments,
+        **constants,
         WIDE=r < n - 1,
         B=group,
-        C=lines,
-        M=length,
         P=chosen,
-        VECTOR=vector,
-        RANKS_TOGETHER=basis.stride(2) == 1,
         num_warps=_warps(group * tile, wide=r < n - 1),
     )
     return basis, coeff, energy
 
 
+def _in_registers(columns: int, r: int, components: int) -> bool:
+    """Whether a lane holds a matrix of so many columns (tests/test_triton_aot.py looks for spills)."""
+    reflectors = columns * power_of_two(r)
+    turning, turned = reflectors + columns * columns, reflectors + columns * min(components, columns)
+    return 1 <= columns <= min(r, 8) and turning <= _TURNING and turned <= _TURNED
+
+
 def _warps(values: int, wide: bool) -> int:
     """For tiles of so many values: as few as hold them in registers (tests/test_triton_aot.py looks for spills)."""
     return 4 if values <= 1024 or (wide and values <= 4096) else 8
+
+
+@triton.jit
+def _centred(first, rest, there, inverse_n, spread, over: tl.constexpr):
+    """The first task's vector [J, B] and the others' [C, M, B], tasks along axis `over`, centred and in the Helmert basis.
+
+    Returns first and rest, scaled and centred, the scaled mean, Y, scaled again; which positions are finite, and both scales'
+    factors back. What is not `there`, and what is not finite, is 0.
+    """
+    good = tl.min(tl.min((tl.abs(rest) <= LARGEST).to(tl.int32), 1), 0)
+    finite = tl.minimum(good, tl.min((tl.abs(first) <= LARGEST).to(tl.int32), 0)) > 0
+    first = tl.where(finite[None, :], first, 0.0)
+    rest = tl.where(finite[None, None, :], rest, 0.0)
+    largest = tl.maximum(tl.max(tl.max(tl.abs(rest), 1), 0), tl.max(tl.abs(first), 0))
+    up1, up2, down1, down2 = scale_of(largest)
+
+    # The first task's vector goes first: exactly so where all share an offset, which then costs no accuracy, and equal
+    # vectors become exactly zero. Then the mean goes twice: what the first one rounds off, the second takes.
+    offset = first * up1[None, :] * up2[None, :]
+    rest = rest * up1[None, None, :] * up2[None, None, :]
+    rest = tl.where(there, rest - tl.expand_dims(offset, over), 0.0)
+    mean = inverse_n * tl.sum(rest, over)
+    first = -mean
+    rest = tl.where(there, rest - tl.expand_dims(mean, over), 0.0)
+    more = inverse_n * (first + tl.sum(rest, over))
+    first -= more
+    rest = tl.where(there, rest - tl.expand_dims(more, over), 0.0)
+    mean = offset + (mean + more)
+
+    # Helmert, and scaled again: what tells the tasks apart may be much smaller than what they share.
+    y = tl.where(there, rest + spread * tl.expand_dims(first, over), 0.0)
+    again1, again2, back1, back2 = scale_of(tl.max(tl.max(tl.abs(y), 1), 0))
+    y = y * again1[None, None, :] * again2[None, None, :]
+    return first, rest, mean, y, finite, down1, down2, back1, back2
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _compress_columns(
+    x,
+    basis,
+    coeff,
+    energy,
+    n,
+    positions,
+    r,  # as in _compress_tile
+    components,
+    x_task,
+    x_position,
+    x_rank,
+    basis_component,
+    basis_position,
+    basis_rank,
+    coeff_task,
+    coeff_component,
+    coeff_position,
+    inverse_n: tl.constexpr,
+    spread: tl.constexpr,
+    C: tl.constexpr,
+    M: tl.constexpr,
+    VECTOR: tl.constexpr,
+    RANKS_TOGETHER: tl.constexpr,
+    inverse_root_n: tl.constexpr,
+    B: tl.constexpr,
+    K: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """K = n − 1 columns in room for C, of up to M ranks; COUNT = min(components, K)."""
+    r = r * VECTOR
+    x_task = x_task.to(tl.int64) * VECTOR
+    x_position = x_position.to(tl.int64) * VECTOR
+    basis_component = basis_component.to(tl.int64) * VECTOR
+    basis_position = basis_position.to(tl.int64) * VECTOR
+    if VECTOR > 1:
+        x_rank = 1
+    if RANKS_TOGETHER:
+        basis_rank = 1
+    s = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    c = tl.arange(0, C)[:, None]
+    j = tl.arange(0, M)[:, None]
+    valid = (s < positions)[None, :]
+    inside = valid & (j < r)
+    there = (c < K)[:, :, None] & (j < r)[None, :, :]
+
+    at = (x + s * x_position)[None, :] + j.to(tl.int64) * x_rank
+    first = tl.reshape(in_lanes(tl.load(at, mask=inside, other=0.0)[None, :, :], 1, M, B), [M, B])
+    rest = tl.load(at[None, :, :] + (c[:, :, None] + 1) * x_task, mask=inside[None, :, :] & there, other=0.0)
+    rest = in_lanes(rest, C, M, B)
+    first, rest, mean, y, finite, down1, down2, back1, back2 = _centred(first, rest, there, inverse_n, spread, 0)
+    nan = float("nan")
+    to_basis = basis + s[None, :] * basis_position + j.to(tl.int64) * basis_rank
+    mean = tl.where(finite[None, :], mean * down2[None, :] * down1[None, :], nan)
+    tl.store(to_basis, mean.to(basis.dtype.element_ty), mask=inside)
+
+    lines, diagonal = householder(columns_of(y, C, M, B), j, K)
+    core = ()
+    for k in tl.static_range(K):
+        core = core + (tl.where(c < k, head(lines[k], M, C, B), tl.where(c == k, diagonal[k], 0.0)),)
+    triangle = core
+    core, norms = jacobi_columns(core, c, K)
+    directions, lives = orthonormal_columns(core, norms, c, K, COUNT)
+    energies = tl.zeros([C, B], tl.float32)
+    for k in tl.static_range(K):
+        energies = tl.where(c == k, norms[k], energies)
+    finite = finite[None, :]
+    down1 = down1[None, :]
+    down2 = down2[None, :]
+    back1 = back1[None, :]
+    back2 = back2[None, :]
+
+    # u, one component after the other, of falling norm; and the coefficients.
+    to_coeff = coeff + s[None, :] * coeff_position
+    for k in range(components):
+        start = tl.zeros([C, B], tl.float32)
+        live = tl.zeros([1, B], tl.int32) > 0
+        for b in tl.static_range(COUNT):
+            start = tl.where(k == b, directions[b], start)
+            live = tl.where(k == b, lives[b], live)
+        u = padded(start, C, M, B) + ((j == k) & (k >= K)).to(tl.float32)
+        for back in tl.static_range(K):
+            u = reflected(u, lines[K - 1 - back], j, K - 1 - back)
+        u *= 1.5 - 0.5 * total(u * u)
+        sign = peak_sign(u.to(basis.dtype.element_ty).to(tl.float32), tl.arange(0, M))[None, :]
+        u = u * sign + 0.0
+        to_basis += basis_component
+        tl.store(to_basis, tl.where(finite, u, nan).to(basis.dtype.element_ty), mask=inside)
+
+        shares = tl.zeros([C, B], tl.float32)  # Yᵀu
+        for b in tl.static_range(K):
+            shares = tl.where(c == b, total(triangle[b] * start), shares)
+        shares = tl.where(live, shares * sign, 0.0)
+        energies = tl.where((c == k) & (c < K) & live, total(shares * shares), energies)
+        own = inverse_root_n * total(shares)
+        others = tl.where(finite, (shares - spread * own) * back2 * back1 * down2 * down1, nan)
+        own = tl.where(finite, own * back2 * back1 * down2 * down1, nan)
+        tl.store(to_coeff, own.to(coeff.dtype.element_ty), mask=valid)
+        tl.store(to_coeff + (c + 1).to(tl.int64) * coeff_task, others.to(coeff.dtype.element_ty), mask=valid & (c < K))
+        to_coeff += coeff_component
+
+    energies = squared_times(falling(energies, tl.arange(0, C)), back1, back2)
+    energies = tl.where(finite, squared_times(energies, down1, down2), nan)
+    tl.store(energy + s[None, :] * K + c, energies, mask=valid & (c < K))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -121,13 +310,13 @@ def _compress_tile(
     coeff_position,
     inverse_n: tl.constexpr,
     spread: tl.constexpr,
-    WIDE: tl.constexpr,
-    B: tl.constexpr,
     C: tl.constexpr,
     M: tl.constexpr,
-    P: tl.constexpr,
     VECTOR: tl.constexpr,
     RANKS_TOGETHER: tl.constexpr,
+    WIDE: tl.constexpr,
+    B: tl.constexpr,
+    P: tl.constexpr,
 ):
     r = r * VECTOR
     x_task = x_task.to(tl.int64) * VECTOR
@@ -160,30 +349,7 @@ def _compress_tile(
     offsets = (task + 1) * x_task + rank.to(tl.int64) * x_rank
     rest = tl.load(at[None, :, :] + offsets, mask=valid[None, :, :] & there, other=0.0).to(tl.float32)
 
-    good = tl.min(tl.min((tl.abs(rest) <= LARGEST).to(tl.int32), 1), 0)
-    finite = tl.minimum(good, tl.min((tl.abs(first) <= LARGEST).to(tl.int32), 0)) > 0
-    first = tl.where(finite[None, :], first, 0.0)
-    rest = tl.where(finite[None, None, :], rest, 0.0)
-    largest = tl.maximum(tl.max(tl.max(tl.abs(rest), 1), 0), tl.max(tl.abs(first), 0))
-    up1, up2, down1, down2 = scale_of(largest)
-
-    # The first task's vector goes first: exactly so where all share an offset, which then costs no accuracy, and equal
-    # vectors become exactly zero. Then the mean goes twice: what the first one rounds off, the second takes.
-    offset = first * up1[None, :] * up2[None, :]
-    rest = rest * up1[None, None, :] * up2[None, None, :]
-    rest = tl.where(there, rest - tl.expand_dims(offset, over), 0.0)
-    mean = inverse_n * tl.sum(rest, over)
-    first = -mean
-    rest = tl.where(there, rest - tl.expand_dims(mean, over), 0.0)
-    more = inverse_n * (first + tl.sum(rest, over))
-    first -= more
-    rest = tl.where(there, rest - tl.expand_dims(more, over), 0.0)
-    mean = offset + (mean + more)
-
-    # Helmert, and scaled again: what tells the tasks apart may be much smaller than what they share.
-    y = tl.where(there, rest + spread * tl.expand_dims(first, over), 0.0)
-    again1, again2, back1, back2 = scale_of(tl.max(tl.max(tl.abs(y), 1), 0))
-    y = y * again1[None, None, :] * again2[None, None, :]
+    first, rest, mean, y, finite, down1, down2, back1, back2 = _centred(first, rest, there, inverse_n, spread, over)
 
     if WIDE:
         v = tl.zeros([C, C, B], tl.float32) + (c[:, None, None] == c[None, :, None]).to(tl.float32)

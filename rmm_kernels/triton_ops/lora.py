@@ -95,6 +95,7 @@ TABLE: tuple[Row, ...] = (
     Row("expand", 2, Config(64, 64, 64, adaptive=True), tokens=2047, r=32),
     Row("expand", 2, Config(128, 64, 64, num_warps=8, adaptive=True), r=32),
     Row("expand", 2, Config(64, 64, 64, num_warps=8, adaptive=True), r=64),
+    Row("expand", 2, Config(64, 32, 64), arch="gfx942"),
     Row("expand", 2, Config(64, 32, 64, num_warps=8)),
     Row("expand", 4, Config(16, 32, 64), tokens=64),
     Row("expand", 4, Config(32, 32, 64, num_stages=2, adaptive=True)),

@@ -1,0 +1,210 @@
+"""One-sided Jacobi on up to eight columns, one matrix per lane, everything in registers.
+
+A column is a tile [L, B]: with a warp for as many matrices as it has lanes, and the matrices last, Triton's own choice of
+layout gives a lane all L numbers of its matrix. No number then moves between lanes, no sum is anyone else's, and what a mask
+that is known at compile time selects costs nothing. Householder first turns the K columns into reflectors and a triangle
+K × K, so that Jacobi turns K² numbers and not K L.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._jacobi import DEFICIENT, EPSILON, MAX_SWEEPS, TINY, find_turn, inverse_root, needs_turn
+
+
+@triton.jit
+def halves(tile, L: tl.constexpr, B: tl.constexpr):
+    """The upper and the lower half of a tile [L, B], along L."""
+    return tl.split(tl.permute(tl.reshape(tile, [2, L // 2, B]), [1, 2, 0]))
+
+
+@triton.jit
+def stacked(upper, lower, L: tl.constexpr, B: tl.constexpr):
+    """The inverse of `halves`."""
+    return tl.reshape(tl.permute(tl.join(upper, lower), [2, 0, 1]), [L, B])
+
+
+@triton.jit
+def columns_of(tile, C: tl.constexpr, L: tl.constexpr, B: tl.constexpr):
+    """The columns [L, B] of a tile [C, L, B]: a tuple of C."""
+    if C == 1:
+        return (tl.reshape(tile, [L, B]),)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(tile, [2, C // 2, L, B]), [1, 2, 3, 0]))
+        return columns_of(left, C // 2, L, B) + columns_of(right, C // 2, L, B)
+
+
+@triton.jit
+def in_lanes(tile, C: tl.constexpr, L: tl.constexpr, B: tl.constexpr):
+    """A tile [C, L, B] in fp32, each matrix in its own lane however the tile lies.
+
+    Halves that were apart and are added to something forget the layout that they were loaded in.
+    """
+    tile = tile.to(tl.float32)
+    if L == 1:
+        return tile
+    else:
+        upper, lower = tl.split(tl.permute(tl.reshape(tile, [C, 2, L // 2, B]), [0, 2, 3, 1]))
+        return tl.reshape(tl.permute(tl.join(upper + 0.0, lower + 0.0), [0, 3, 1, 2]), [C, L, B])
+
+
+@triton.jit
+def head(tile, L: tl.constexpr, C: tl.constexpr, B: tl.constexpr):
+    """The first C rows of a tile [L, B]."""
+    if L == C:
+        return tile
+    else:
+        upper, _lower = halves(tile, L, B)
+        return head(upper, L // 2, C, B)
+
+
+@triton.jit
+def padded(tile, C: tl.constexpr, L: tl.constexpr, B: tl.constexpr):
+    """A tile [C, B] with zeros below it, [L, B]."""
+    if L == C:
+        return tile
+    else:
+        return padded(stacked(tile, tl.zeros_like(tile), 2 * C, B), 2 * C, L, B)
+
+
+@triton.jit
+def total(tile):
+    """The sum [1, B] of a tile [L, B] over its rows."""
+    return tl.sum(tile, 0, keep_dims=True)
+
+
+@triton.jit
+def row(tile, i, j):
+    """Row j [1, B] of a tile whose rows are i [L, 1]. Summed as integers: a compiler drops zeros from such a sum."""
+    return total(tl.where(i == j, tile.to(tl.int32, bitcast=True), 0)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exchanged(values, i: tl.constexpr, value, COUNT: tl.constexpr):
+    """The tuple `values` of COUNT with `value` in place i."""
+    result = ()
+    for k in tl.static_range(COUNT):
+        if k == i:
+            result = result + (value,)
+        else:
+            result = result + (values[k],)
+    return result
+
+
+@triton.jit
+def householder(y, i, K: tl.constexpr):
+    """QR of K columns y [L, B] with rows i: reflectors (from row j of column j on, R above), and R's diagonal, [1, B] each.
+
+    H_j = 1 − v_j v_jᵀ. A column of nothing is not reflected.
+    """
+    diagonal = ()
+    for j in tl.static_range(K):
+        below = tl.where(i >= j, y[j], 0.0)
+        square = total(below * below)
+        live = square > TINY
+        safe = tl.where(live, square, 1.0)
+        norm = safe * inverse_root(safe)
+        first = row(y[j], i, j)
+        scale = tl.where(live, inverse_root(0.5 * (safe + norm * (2.0 * tl.abs(first) + norm))), 0.0)
+        signed = tl.where(first < 0, -norm, norm)
+        diagonal = diagonal + (tl.where(live, -signed, first),)
+        y = exchanged(y, j, tl.where(i >= j, tl.where(i == j, y[j] + signed, y[j]) * scale, y[j]), K)
+        for c in tl.static_range(j + 1, K):
+            y = exchanged(y, c, reflected(y[c], y[j], i, j), K)
+    return y, diagonal
+
+
+@triton.jit
+def reflected(x, reflector, i, j: tl.constexpr):
+    """H x of a column x [L, B]; the reflector lies in rows from j on."""
+    along = total(tl.where(i >= j, reflector * x, 0.0))
+    return tl.where(i >= j, tl.fma(tl.broadcast_to(-along, x.shape), reflector, x), x)
+
+
+@triton.jit
+def squared_norms(core, K: tl.constexpr):
+    norms = ()
+    for c in tl.static_range(K):
+        norms = norms + (total(core[c] * core[c]),)
+    return norms
+
+
+@triton.jit
+def meetings(core, norms, swept, floor, i, FIRST: tl.constexpr, K: tl.constexpr):
+    """Neighbours in a list of K columns, from FIRST on, meet: are rotated, the left to be the longer, and trade places."""
+    for m in tl.static_range((K - FIRST) // 2):
+        # The pair p, p + 1 is that of FIRST + 2 m, which a name would make a tensor.
+        of_p = core[FIRST + 2 * m]
+        of_q = core[FIRST + 2 * m + 1]
+        pp = norms[FIRST + 2 * m]
+        qq = norms[FIRST + 2 * m + 1]
+        pq = total(of_p * of_q)
+        turned = needs_turn(pp, qq, pq, floor)
+        swept |= turned.to(tl.int32)
+        cosine, sine, longer, shorter = find_turn(pp, qq, pq, turned)
+        cosine = tl.broadcast_to(cosine, of_p.shape)
+        core = exchanged(core, FIRST + 2 * m + 1, tl.where(i < K, tl.fma(cosine, of_p, sine * of_q), 0.0), K)
+        core = exchanged(core, FIRST + 2 * m, tl.where(i < K, tl.fma(cosine, of_q, -sine * of_p), 0.0), K)
+        norms = exchanged(norms, FIRST + 2 * m + 1, longer, K)
+        norms = exchanged(norms, FIRST + 2 * m, shorter, K)
+    return core, norms, swept
+
+
+@triton.jit
+def jacobi_columns(core, i, K: tl.constexpr):
+    """Rotates K columns [C, B] with rows i until they are orthogonal, of falling norm; returns them and squared norms [1, B].
+
+    In K rounds, of every other pair of neighbours each, all have met once and the list is turned round. A matrix that has
+    converged turns by nothing, so that its result does not depend on its neighbours.
+    """
+    norms = squared_norms(core, K)
+    floor = norms[0]
+    for c in tl.static_range(1, K):
+        floor += norms[c]
+    floor *= 0.7 * EPSILON * 0.7 * EPSILON  # pairs of columns both this short relative to the matrix are left alone
+    floor *= floor
+    sweep = 0
+    active = 1
+    while (sweep < MAX_SWEEPS) & (active > 0):
+        swept = tl.zeros_like(floor).to(tl.int32)
+        for _ in range(K // 2):
+            core, norms, swept = meetings(core, norms, swept, floor, i, 0, K)
+            core, norms, swept = meetings(core, norms, swept, floor, i, 1, K)
+        if K % 2 == 1:
+            core, norms, swept = meetings(core, norms, swept, floor, i, 0, K)
+        turned_round = ()
+        for c in tl.static_range(K):
+            turned_round = turned_round + (core[K - 1 - c],)
+        core = turned_round
+        norms = squared_norms(core, K)
+        active = tl.max(tl.max(swept, 1), 0)
+        sweep += 1
+    return core, norms
+
+
+@triton.jit
+def orthonormal_columns(core, norms, i, K: tl.constexpr, COUNT: tl.constexpr):
+    """The first COUNT of K columns [C, B] with rows i, made orthonormal, and which of them are live, [1, B] each.
+
+    One that is not is what is left of the unit vector that sticks out most of those before: by a margin, so that rounding
+    does not decide.
+    """
+    found = ()
+    lives = ()
+    for c in tl.static_range(COUNT):
+        live = (norms[c] > DEFICIENT * DEFICIENT * norms[0]) & (norms[c] > TINY)
+        left = tl.where(i < K, tl.zeros_like(core[0]) + 1.0, -1.0)
+        for b in tl.static_range(c):
+            left -= found[b] * found[b]
+        candidates = tl.where(left > tl.max(left, 0, keep_dims=True) - 1e-3, i, K)
+        unit = (i == tl.min(candidates, 0, keep_dims=True)).to(tl.float32)
+        column = tl.where(live, core[c] * inverse_root(tl.where(live, norms[c], 1.0)), unit)
+        for _ in tl.static_range(2):
+            for b in tl.static_range(c):
+                column -= total(found[b] * column) * found[b]
+            column *= inverse_root(tl.maximum(total(column * column), TINY))
+        found = found + (tl.where(i < K, column, 0.0),)
+        lives = lives + (live,)
+    return found, lives
