@@ -8,7 +8,7 @@ p = 0 … n − 1; every adapter truncated to the rank that costs as much as p =
 ΔW to the encoder's weights, a task at a time, and runs that task's test samples with the task's own head, in bf16 autocast.
 
 Then what a reader of the paper tries first: one model merged with itself, two models, error against the size of the basis, and
-storage against the number of tasks. Rows that the output file holds already are not run again.
+storage against the number of tasks. Rows that the output file holds already are not run again: it goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ from rmm_kernels.methods import Settings, lore_adapters
 from .accuracy import Evaluation
 
 HERE = Path(__file__).resolve().parent
-KINDS = ("lora_r16", "pt_svd_r16", "lora_r64", "pt_svd_r32", "pt_svd_r64")
+SAMPLES = {"lora_r16": 256, "pt_svd_r16": 256, "lora_r64": 256, "pt_svd_r32": 64, "pt_svd_r64": 64}  # by kind, of each task
+WHOLE = 128  # the highest rank of the fine-tunes' deltas that the data holds
+WIDEST = 128  # LoRE's cores, n r wide, take minutes beyond
 VALUE_BYTES = 2  # everything is counted in fp16
 SCALE_BYTES = 4  # one fp32 scale for each row of a quantised factor
 
@@ -91,6 +93,11 @@ def read(path: Path) -> Factors:
     return found
 
 
+def whole(paths: list[Path], root: Path) -> list[Factors]:
+    """The fine-tunes' deltas behind PT-SVD adapters, at the highest rank that the data holds."""
+    return [read(path) for path in adapters_of(f"pt_svd_r{WHOLE}", root, paths[0].parent.parent)]
+
+
 def dense(factors: Factors) -> Deltas:
     return {name: f.scaling * (f.lora_b.float() @ f.lora_a.float()) for name, f in factors.items()}
 
@@ -102,28 +109,24 @@ def values(factors: Factors) -> int:
 # ---------------------------------------------------------------- ways
 
 
-def ways(paths: list[Path]) -> Iterator[Way]:
+def ways(kind: str, paths: list[Path], root: Path, done: set[str]) -> Iterator[Way]:
+    """All of them; merges that are `done` may be left out."""
     tasks = [read(path) for path in paths]
     n, all_values = len(tasks), sum(values(task) for task in tasks)
     rank = next(iter(tasks[0].values())).lora_a.shape[0]
     yield Way("individual adapters", "individual", 1.0, lambda task: dense(tasks[task]))
     yield Way("no adapter", "none", 0.0, lambda task: {name: torch.zeros_like(d) for name, d in dense(tasks[task]).items()})
     for components in range(n):
+        if f"RMM p = {components}" in done:
+            continue
         merged = rmm_kernels.merge(paths, components, names=[path.parent.name for path in paths])
         names = merged.tasks
         yield Way(
             f"RMM p = {components}", "RMM", merged.ratio, lambda task, m=merged, names=names: dense(m.restore(names[task]))
         )
     yield from baselines(tasks, all_values)
-    for prox in ("fixed", "squared"):
-        yield Way(
-            f"LoRE, {prox} prox",
-            "LoRE",
-            1.0,
-            _same_for_all(
-                lambda p=prox: dense(lore_adapters(paths, Settings(prox=p), names=[path.parent.name for path in paths]).factors)
-            ),
-        )
+    if kind == "pt_svd_r16":
+        yield from arithmetic(whole(paths, root), all_values)
     for components in (1, 2, 3):
         if components < n:
             kept = int(rank * (components * (rank + n) + rank) / (rank * n))
@@ -138,6 +141,23 @@ def ways(paths: list[Path]) -> Iterator[Way]:
         )
         storage = size / (VALUE_BYTES * all_values)
         yield Way(f"int{bits} adapters", "quantised", storage, lambda task, b=bits: dense(rounded(tasks[task], b)))
+        size = sum(2 * SCALE_BYTES * len(f.lora_a) for task in tasks for f in task.values())
+        storage = bits / 8 / VALUE_BYTES + size / (VALUE_BYTES * all_values)
+        yield Way(
+            f"int{bits}, balanced, by component", "quantised", storage, lambda task, b=bits: dense(balanced(tasks[task], b))
+        )
+    if n * rank <= WIDEST:
+        for prox in ("fixed", "squared"):
+            yield Way(
+                f"LoRE, {prox} prox",
+                "LoRE",
+                1.0,
+                _same_for_all(
+                    lambda p=prox: dense(
+                        lore_adapters(paths, Settings(prox=p), names=[path.parent.name for path in paths]).factors
+                    )
+                ),
+            )
 
 
 def cut(factors: Factors, rank: int) -> Factors:
@@ -150,6 +170,31 @@ def cut(factors: Factors, rank: int) -> Factors:
 
 def rounded(factors: Factors, bits: int) -> Factors:
     return {name: LoraFactors(quantise(f.lora_a, bits), quantise(f.lora_b, bits), f.scaling) for name, f in factors.items()}
+
+
+def balanced(factors: Factors, bits: int) -> Factors:
+    """√Σ on both sides, then one scale for each rank component: a row of lora_a, a column of lora_b."""
+    found = {}
+    for name, f in factors.items():
+        a, b = truncate(f.lora_a[None], f.lora_b[None], len(f.lora_a))
+        found[name] = LoraFactors(quantise(a[0], bits), quantise(b[0].mT, bits).mT, f.scaling)
+    return found
+
+
+def arithmetic(tasks: list[Factors], all_values: int) -> Iterator[Way]:
+    """Task arithmetic on the deltas that PT-SVD cut."""
+    size = sum(f.lora_a.shape[1] * f.lora_b.shape[0] for f in tasks[0].values())
+    for weight in (1 / len(tasks), 0.3, 0.5):
+
+        def total(weight: float = weight) -> Deltas:
+            found = dense(tasks[0])
+            for task in tasks[1:]:
+                for name, delta in dense(task).items():
+                    found[name] += delta
+            return {name: weight * delta for name, delta in found.items()}
+
+        name = "average" if weight == 1 / len(tasks) else f"task arithmetic {weight}"
+        yield Way(f"{name}, ΔW of rank {WHOLE}", "merged", size / all_values, _same_for_all(total))
 
 
 def baselines(tasks: list[Factors], all_values: int) -> Iterator[Way]:
@@ -183,7 +228,7 @@ def baselines(tasks: list[Factors], all_values: int) -> Iterator[Way]:
                 for module in tasks[0]
             }
 
-        if "arithmetic" not in name:  # on both factors, a sum of n is n² times too large
+        if name != "task arithmetic 0.5":  # on both factors at n = 8 it is 16 times the averages' product
             yield Way(f"{name}, factors", "merged", 1 / n, _same_for_all(on_factors))
         size = sum(f.lora_a.shape[1] * f.lora_b.shape[0] for f in tasks[0].values())
         yield Way(f"{name}, dense ΔW", "merged", size / all_values, _same_for_all(on_deltas))
@@ -242,12 +287,15 @@ class Bench(Evaluation):
 def evaluate(arguments: argparse.Namespace, result: dict[str, Any], scratch: Path) -> None:
     for kind in arguments.kinds:
         paths = adapters_of(kind, arguments.adapters, scratch)
-        bench = Bench(paths, arguments.samples, arguments.batch, arguments.adapters / "tasks")
+        samples = arguments.samples or SAMPLES[kind]
+        if result["samples"].setdefault(kind, samples) != samples:
+            raise ValueError(f"{arguments.output} holds rows of {kind} with {result['samples'][kind]} samples, not {samples}")
+        bench = Bench(paths, samples, arguments.batch, arguments.adapters / "tasks")
         heads = [load_file(path / "head.safetensors") for path in paths]
         originals = [read(path) for path in paths]
         rows = result["tables"].setdefault(kind, [])
         done = {row["name"] for row in rows}
-        for way in ways(paths):
+        for way in ways(kind, paths, arguments.adapters, done):
             if way.name in done:
                 continue
             rows.append(bench.run(way, heads, originals))
@@ -293,7 +341,7 @@ def markdown(result: dict[str, Any]) -> str:
     for kind, rows in result["tables"].items():
         tasks = list(rows[0]["accuracy"])
         lines += [
-            f"### {kind}: {len(tasks)} tasks, {result['samples'] or 512} test samples each",
+            f"### {kind}: {len(tasks)} tasks, {result['samples'][kind]} test samples each",
             "",
             f"| | {' | '.join(tasks)} | mean | error of ΔW | storage |",
             "|---|" + "--:|" * (len(tasks) + 3),
@@ -302,7 +350,8 @@ def markdown(result: dict[str, Any]) -> str:
             cells = " | ".join(f"{row['accuracy'][task]:.3f}" for task in tasks)
             error = f"{row['error']:.3f}" if row["error"] == 0 or row["error"] >= 1e-3 else f"{row['error']:.0e}"
             lines.append(f"| {row['name']} | {cells} | **{row['mean']:.3f}** | {error} | {row['storage']:.2f} |")
-        lines.append("")
+        lines += ["", *_equal_bytes(rows), ""]
+    lines += _against_reference(result["tables"])
     first = result.get("first_experiments")
     if first:
         own = first["self_merge"]
@@ -317,8 +366,111 @@ def markdown(result: dict[str, Any]) -> str:
             + ", ".join(f"{p:.1f} for {n} tasks" for n, p in first["break_even"].items())
             + ".",
             "",
+            "| tasks | p | storage | error of ΔW |",
+            "|--:|--:|--:|--:|",
+            *(
+                f"| {row['tasks']} | {row['components']} | {row['storage']:.2f} | {row['error']:.3f} |"
+                for row in first["growth"]
+            ),
+            "",
         ]
     return "\n".join(lines)
+
+
+def _equal_bytes(rows: list[dict[str, Any]]) -> list[str]:
+    """Where the paper's finding holds, and what does better at the same bytes."""
+    n = len(rows[0]["accuracy"])
+    merged = {row["name"]: row for row in rows if row["group"] == "RMM"}
+    factors = [row for row in rows if row["group"] == "merged" and row["name"].endswith("factors")]
+    if not factors:
+        return []
+    best = max(factors, key=lambda row: row["mean"])
+    lines = [
+        f"- RMM {'keeps' if merged[f'RMM p = {min(3, n - 1)}']['mean'] > best['mean'] else 'does not keep'} what merging the "
+        f"factors loses: p = 1 {merged['RMM p = 1']['mean']:.3f}, p = {min(3, n - 1)} "
+        f"{merged[f'RMM p = {min(3, n - 1)}']['mean']:.3f}; the best merge of the factors ({best['name'].split(',')[0]}) "
+        f"{best['mean']:.3f}."
+    ]
+    for p in range(1, min(4, n)):
+        row = merged[f"RMM p = {p}"]
+        others = [
+            other
+            for other in rows
+            if other["group"] in ("truncated", "quantised") and other["storage"] <= row["storage"] * 1.005
+        ]
+        if others:
+            nearest = min(others, key=lambda other: other["error"])
+            verdict = "nearer" if nearest["error"] < row["error"] else "no nearer"
+            lines.append(
+                f"- At the bytes of p = {p} ({row['storage']:.2f}): RMM error {row['error']:.3f}, accuracy {row['mean']:.3f}; "
+                f"{verdict} to the adapters is {nearest['name']} ({nearest['storage']:.2f}): {nearest['error']:.3f}, "
+                f"{nearest['mean']:.3f}."
+            )
+    return lines
+
+
+# Figures that came with the adapters: mean accuracy and error of ΔW over eight tasks of 512 samples. Its sums of deltas are of
+# the whole fine-tunes, and its quantised adapters are balanced.
+REFERENCE: dict[str, dict[str, tuple[float, float | None]]] = {
+    "lora_r16": {
+        "individual adapters": (0.856, 0),
+        "no adapter": (0.769, None),
+        "RMM p = 0": (0.781, 0.944),
+        "RMM p = 1": (0.833, 0.735),
+        "RMM p = 2": (0.844, 0.579),
+        "RMM p = 3": (0.848, 0.447),
+        "RMM p = 4": (0.851, 0.332),
+        "RMM p = 5": (0.853, 0.228),
+        "RMM p = 6": (0.855, 0.132),
+        "RMM p = 7": (0.856, 0),
+        "average, dense ΔW": (0.789, None),
+        "task arithmetic 0.3, dense ΔW": (0.810, None),
+        "task arithmetic 0.5, dense ΔW": (0.815, None),
+        "TIES 20 %, factors": (0.802, None),
+        "truncated to rank 5": (0.850, 0.536),
+        "truncated to rank 8": (0.854, 0.396),
+        "truncated to rank 11": (0.855, 0.273),
+        "int4, balanced, by component": (0.855, 0.197),
+        "int8, balanced, by component": (0.855, 0.011),
+    },
+    "pt_svd_r16": {
+        "individual adapters": (0.859, 0),
+        "no adapter": (0.768, None),
+        "RMM p = 0": (0.774, 0.990),
+        "RMM p = 1": (0.814, 0.884),
+        "RMM p = 2": (0.839, 0.748),
+        "RMM p = 3": (0.843, 0.607),
+        "RMM p = 4": (0.850, 0.466),
+        "RMM p = 5": (0.853, 0.329),
+        "RMM p = 6": (0.857, 0.194),
+        "RMM p = 7": (0.858, 0),
+        f"average, ΔW of rank {WHOLE}": (0.779, None),
+        f"task arithmetic 0.3, ΔW of rank {WHOLE}": (0.708, None),
+        f"task arithmetic 0.5, ΔW of rank {WHOLE}": (0.583, None),
+        "TIES 20 %, factors": (0.759, None),
+        "truncated to rank 5": (0.843, 0.639),
+        "truncated to rank 8": (0.847, 0.504),
+        "truncated to rank 11": (0.853, 0.374),
+        "int4, balanced, by component": (0.859, 0.200),
+        "int8, balanced, by component": (0.860, 0.011),
+    },
+}
+
+
+def _against_reference(tables: dict[str, Any]) -> list[str]:
+    lines = [
+        "### Against the figures that came with the adapters",
+        "",
+        "| | | mean | reference | error of ΔW | reference |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for kind, figures in REFERENCE.items():
+        rows = {row["name"]: row for row in tables.get(kind, [])}
+        for name, (mean, error) in figures.items():
+            if name in rows:
+                errors = f"{rows[name]['error']:.3f} | {error:.3f}" if error is not None else "| "
+                lines.append(f"| {kind} | {name} | {rows[name]['mean']:.3f} | {mean:.3f} | {errors} |")
+    return [*lines, ""] if len(lines) > 4 else []
 
 
 COLOURS = {
@@ -374,18 +526,16 @@ def store(path: Path, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=Path, required=True, help="directory that holds tasks/<task>/")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--samples", type=int, help="test samples of each task (default all)")
+    parser.add_argument("--kinds", nargs="+", default=list(SAMPLES), choices=SAMPLES)
+    parser.add_argument("--samples", type=int, help="test samples of each task (default 256; of pt_svd_r32 and r64 64)")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=HERE / "results" / "quality.json", help="also .md and .png beside it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result: dict[str, Any] = {"samples": arguments.samples, "torch": torch.__version__, "tables": {}}
+    result: dict[str, Any] = {"samples": {}, "torch": torch.__version__, "tables": {}}
     if arguments.output.exists():
         result = json.loads(arguments.output.read_text())
-        if result["samples"] != arguments.samples:
-            parser.error(f"--output: {arguments.output} holds rows of {result['samples']} samples a task")
     with tempfile.TemporaryDirectory() as scratch:
         evaluate(arguments, result, Path(scratch))
         if "first_experiments" not in result:

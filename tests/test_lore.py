@@ -180,10 +180,11 @@ def write(path: Path, given: dict[str, Tensor], shard_bytes: int = 1 << 40) -> P
 
 
 @PROXES
-def test_checkpoints(tmp_path: Path, prox: Any, mu: float) -> None:
+@pytest.mark.parametrize("finish", ["average", "ties"])
+def test_checkpoints(tmp_path: Path, prox: Any, mu: float, finish: Any) -> None:
     paths = [write(tmp_path / f"m{i}", tensors(10 * i), 300 if i == 1 else 1 << 40) for i in range(3)]
     (paths[0] / "config.json").write_text("{}")
-    settings = Settings(mu, prox, tolerance=0)
+    settings = Settings(mu, prox, finish=finish, scale=0.7, tolerance=0)
     objective = lore_checkpoints(paths, tmp_path / "out", settings)
     out = Checkpoint(tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_text() == "{}"
@@ -193,7 +194,7 @@ def test_checkpoints(tmp_path: Path, prox: Any, mu: float) -> None:
         theta = torch.stack([tensors(10 * i)[name].double() for i in range(3)])
         shared, delta, trace = plain(theta, settings)
         total = [a + b for a, b in zip(total, trace, strict=True)]
-        expected = shared + delta.mean(0)
+        expected = shared + 0.7 * (delta.mean(0) if finish == "average" else ties(delta, 0.2))
         assert (out[name].double() - expected).norm() <= unit * expected.norm()
     assert objective == pytest.approx(total, rel=1e-9)
     for name in ("a.bias", "conv.weight"):
@@ -219,6 +220,17 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path, change: dict[str, Tensor | 
     with pytest.raises(CheckpointError, match=message):
         lore_checkpoints(paths, tmp_path / "out")
     assert contents(tmp_path) == before and sorted(p.name for p in tmp_path.iterdir()) == ["m0", "m1"]
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"m{i}", tensors(i), 300) for i in range(2)]
+    missing = sorted(paths[1].glob("model-*"))[-1]
+    missing.unlink()
+    with pytest.raises(CheckpointError, match=f"m1 lacks the shard {missing.name}"):
+        lore_checkpoints(paths, tmp_path / "out")
+    with pytest.raises(ValueError, match="checkpoints holds 1; at least 2 are needed"):
+        lore_checkpoints(paths[:1], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m0", "m1"]
 
 
 @pytest.mark.parametrize(

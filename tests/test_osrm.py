@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 from ops import norm, one_thread, randn  # noqa: F401
 from torch import Tensor, nn
 
+import rmm_kernels
 from rmm_kernels import load_adapter
 from rmm_kernels.methods import Covariance, covariances, least_energy, osrm
 
@@ -140,6 +142,27 @@ def test_peft_trains_it(tmp_path: Path) -> None:
     layer = tuned.base_model.model.encoder.layer[0].attention.self.query
     assert torch.equal(layer.lora_A["default"].weight, found.lora_a["two"]["encoder.layer.0.attention.self.query"])
     assert layer.lora_B["default"].weight.grad.abs().sum() > 0
+
+
+def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module docstring's lines run as they stand."""
+    example = "\n".join(line[4:] for line in str(sys.modules[osrm.__module__].__doc__).splitlines() if line.startswith("    "))
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(vocab_size=50, **size)).save_pretrained(tmp_path / "bert")
+    news, law = ([{"input_ids": torch.randint(50, (4, 7))}] for _ in range(2))
+
+    def train(tuned: nn.Module, task: str) -> None:
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.data = randn(*parameter.shape, seed=len(name))
+
+    monkeypatch.chdir(tmp_path)
+    Path("osrm").mkdir()
+    names = {"name": "bert", "news_batches": news, "law_batches": law, "train": train, "osrm": osrm}
+    names |= {"transformers": transformers, "peft": peft, "rmm_kernels": rmm_kernels}
+    exec(example, names)
+    assert names["merged"].tasks == ("news", "law") and names["merged"].error < 1e-5
 
 
 @pytest.mark.parametrize(

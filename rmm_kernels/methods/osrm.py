@@ -11,7 +11,7 @@ Ten lines, for a transformers model and one iterable of batches for each task:
         train(tuned, task)
         tuned.save_pretrained(f"tuned/{task}")
         model = tuned.unload()
-    merged = rmm_kernels.merge([f"tuned/{task}" for task in found.tasks])
+    merged = rmm_kernels.merge([f"tuned/{task}" for task in found.tasks], components=1)
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def truncated_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Batches of at least 16 matrices up to 64 on their shorter side go to this package's kernel, one-sided Jacobi with a matrix
     in every SIMD lane (on a GPU, a tile of up to 16384 values). Beyond 128, in fp32, fp16 and bf16, a block Krylov method
-    takes over where the rank is small (at most a seventh of the shorter side, less 8), else the Gram matrix and eigh in fp64;
+    takes over where the rank is small (at most a quarter of the shorter side, less 8), else the Gram matrix and eigh in fp64;
     what either returns is checked (orthonormality and residuals to 5e-6, energy), and a matrix that fails goes on to the next
     method, in the end to torch.linalg.svd. That waits for a GPU to finish. All others go to torch.linalg.svd at once.
 
