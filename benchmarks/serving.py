@@ -233,7 +233,7 @@ class LayerOf:
         """Values repeat beyond 2^20: their number is what costs."""
         count = torch.Size(shape).numel()
         block = torch.randn(min(count, 1 << 20), generator=self.generator).to(self.dtype)
-        return block.repeat(-(-count // len(block)))[:count].view(shape)
+        return block.repeat(-(-count // max(1, len(block))))[:count].view(shape)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(lora_a [n, r, in], lora_b [n, out, r]) as if restored."""
