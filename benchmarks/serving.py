@@ -87,7 +87,7 @@ def model(arguments: argparse.Namespace) -> dict[str, Any]:
     theirs.eval()
 
     mask = inputs["attention_mask"].bool()
-    packed, packed_ids = in_rows(inputs["input_ids"], mask, samples.tasks[order])
+    packed, packed_ids = in_rows(inputs, samples.tasks[order])
     rows = []
     for components in (3, len(adapters) - 1):
         merged = rmm_kernels.merge(adapters, components, names=names)
@@ -123,13 +123,13 @@ def model(arguments: argparse.Namespace) -> dict[str, Any]:
 PACKED = "rmm_kernels, packed"
 
 
-def in_rows(input_ids: Tensor, mask: Tensor, tasks: Tensor, width: int = 256) -> tuple[dict[str, Tensor], Tensor]:
+def in_rows(inputs: dict[str, Tensor], tasks: Tensor, width: int = 256) -> tuple[dict[str, Tensor], Tensor]:
     """The texts without their padding, in rows of at most `width` tokens, and each token's task, −1 where a row ends early.
 
-    Texts stay in order, so that row by row their tokens are those of input_ids[mask]. Attention stays within a text, whose
+    Texts stay in order, so that row by row their tokens are those of inputs[...][mask]. Attention stays within a text, whose
     positions start anew.
     """
-    lengths = mask.sum(1).tolist()
+    lengths = inputs["attention_mask"].sum(1).tolist()
     rows: list[list[int]] = [[]]
     for text, length in enumerate(lengths):
         if sum(lengths[other] for other in rows[-1]) + length > width:
@@ -137,17 +137,19 @@ def in_rows(input_ids: Tensor, mask: Tensor, tasks: Tensor, width: int = 256) ->
         rows[-1].append(text)
     longest = max(sum(lengths[text] for text in row) for row in rows)
     shape = (len(rows), longest)
-    ids, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    ids, types, positions = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
     which, task = torch.full(shape, -1), torch.full(shape, -1)
     for row, texts in enumerate(rows):
         begin = 0
         for text in texts:
             part = slice(begin, begin + lengths[text])
-            ids[row, part], positions[row, part] = input_ids[text, : lengths[text]], torch.arange(lengths[text])
+            ids[row, part] = inputs["input_ids"][text, : lengths[text]]
+            types[row, part] = inputs["token_type_ids"][text, : lengths[text]]
+            positions[row, part] = torch.arange(lengths[text])
             which[row, part], task[row, part] = text, tasks[text]
             begin = part.stop
     attention = (which[:, :, None] == which[:, None])[:, None]  # [rows, 1, longest, longest]
-    return {"input_ids": ids, "position_ids": positions, "attention_mask": attention}, task
+    return {"input_ids": ids, "token_type_ids": types, "position_ids": positions, "attention_mask": attention}, task
 
 
 # ---------------------------------------------------------------- one layer
@@ -231,7 +233,7 @@ class LayerOf:
         """Values repeat beyond 2^20: their number is what costs."""
         count = torch.Size(shape).numel()
         block = torch.randn(min(count, 1 << 20), generator=self.generator).to(self.dtype)
-        return block.repeat(-(-count // len(block)))[:count].view(shape)
+        return block.repeat(-(-count // max(1, len(block))))[:count].view(shape)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(lora_a [n, r, in], lora_b [n, out, r]) as if restored."""

@@ -11,6 +11,7 @@ from ops import FLOATS, LAYOUTS, LOW, assert_same_bits, one_thread  # noqa: F401
 from torch import Tensor
 
 import rmm_kernels
+from rmm_kernels import _library
 
 NAMES = ("y", "x", "basis_a", "coeff_a", "basis_b", "coeff_b", "task_ids", "scaling")
 
@@ -227,6 +228,13 @@ def test_rows_do_not_depend_on_the_batch(run: ops.Overload, dtype: torch.dtype) 
             few.y[rows] = y
         assert_same_bits(single.y, whole.y)
         assert_same_bits(few.y, whole.y)
+        for form in (1, shape.tokens + 1):  # restored, direct
+            q, before = p.to("cpu"), _library._C.force_restored(form)
+            try:
+                run(*q.forward)
+            finally:
+                _library._C.force_restored(before)
+            assert_same_bits(q.y, whole.y)
 
 
 @ops.each("lora_forward", dtypes=(torch.float64,))

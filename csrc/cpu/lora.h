@@ -4,7 +4,7 @@
 // anywhere: a task with one token in the chunk has them made in registers and used at once (the direct form), a task with more
 // has a segment of them kept in the cache for all of its tokens (the restored form). Both round alike, in the same order, so a
 // row of the result keeps every bit whatever else is in the batch, and which form a task takes is a matter of speed alone:
-// kRestored below.
+// restored_from below.
 //
 // A unit of work takes a chunk of tokens over some positions (expand) or some ranks (shrink), segment by segment. The basis of
 // a segment is read where it is, or, for many tasks, copied once into rows an odd number of cache lines apart (rows of a
@@ -28,15 +28,16 @@ struct Chunk {
   int64_t restored;  // tokens from which on a task's factors are restored to the cache
 };
 
-// Of a value of a factor, in vector operations: restoring takes a load and a product for each of p components either way. The
-// restored form does so once, stores the value, and takes from then on a product and a fraction of a load for each token,
-// m of them; the direct form does all of it for each. So p + 1 + 1 + m against m (p + 1) or, where the basis is the mean
-// alone, 2 + m against m: `python -m benchmarks.serving forms` measures both, and what the choice costs.
-constexpr int64_t restored_from(int64_t p) { return p == 0 ? 3 : 2; }
+// From how many tokens of a task on the restored form is the faster one. For every value of a factor the direct form takes p
+// products to restore it and one to use it, token by token; the restored form takes the p once, stores the value, and then a
+// product and a part of a load a token: c + b p + g m against m (a p + 1), even at m = (c + b p) / (1 + a p - g). Widths, ranks
+// and the number of tokens cancel. The constants are a fit to `python -m benchmarks.serving forms`, which shows what the choice
+// costs; products of pairs of bf16 make restored values cheaper to use.
+constexpr int64_t restored_from(int64_t p, bool pairs) { return ((pairs ? 5 : 9) + p + (1 + p)) / (2 + p); }
 
 namespace RMM_ISA {
 
-// So many tasks or groups of lone tokens read the basis where it is; for more, it is copied.
+// So many walks through the basis read it where it is; for more, it is copied.
 constexpr int64_t kPasses = 3;
 
 // Tokens an inner loop takes at once: as many as leave their sums in registers.
@@ -221,10 +222,15 @@ inline Group group_at(const Chunk& chunk, int64_t first) {
   return {first, count < kTokens ? count : kTokens, false};
 }
 
-inline int64_t groups_of(const Chunk& chunk) {
-  int64_t groups = 0;
-  for (int64_t i = 0; i < chunk.count; ++groups) i += group_at(chunk, i).count;
-  return groups;
+// How often the basis is walked through: for each task that is restored, and for each token that is not.
+inline int64_t passes_of(const Chunk& chunk) {
+  int64_t passes = 0;
+  for (int64_t i = 0; i < chunk.count;) {
+    const Group group = group_at(chunk, i);
+    passes += group.restored ? 1 : group.count;
+    i += group.count;
+  }
+  return passes;
 }
 
 // Memory that will be read soon, fetched a few lines at a time from between the inner loops: the rows are far apart, and the
@@ -409,11 +415,12 @@ struct TokenPlan {
   int64_t forced;  // beside restored_from, for benchmarks; 0: not
 
   int64_t chunks() const { return (static_cast<int64_t>(order.size()) + kChunk - 1) / kChunk; }
-  // Of `p` components.
-  Chunk chunk(int64_t i, int64_t p) const {
+  // Of `p` components, values of `dtype`.
+  Chunk chunk(int64_t i, int64_t p, Dtype dtype) const {
+    const bool pairs = dtype == Dtype::bf16 && isa() == Isa::avx512_bf16;
     const int64_t left = static_cast<int64_t>(order.size()) - i * kChunk;
     return {order.data() + i * kChunk, tasks.data() + i * kChunk, left < kChunk ? left : kChunk,
-            forced > 0 ? forced : restored_from(p)};
+            forced > 0 ? forced : restored_from(p, pairs)};
   }
 };
 

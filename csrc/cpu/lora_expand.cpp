@@ -195,7 +195,7 @@ void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int
   const int64_t ranks = (r + kParts<E> - 1) / kParts<E>;  // rows of factors
   const int64_t segment = width < kSegment<E> ? width : kSegment<E>, most = padded(segment, kStep<E>);
   const int64_t apart_e = apart<E>(segment, size), apart_held = apart<E>(most * kParts<E>, sizeof(Held<E>));
-  const bool in_place = groups_of(chunk) <= kPasses && readable<E>(basis, 1, width);
+  const bool in_place = passes_of(chunk) <= kPasses && readable<E>(basis, 1, width);
   const int64_t packed_rows = in_place ? 0 : (p + 1) * r;
   Room room(Room::bytes<E>(packed_rows * apart_e) + Room::bytes<Held<E>>(ranks * apart_held) +
             Room::bytes<E>(kTokens * p * apart_e) + Room::bytes<E>(kTokens * apart_e) + Room::bytes<T>(kTokens * most) +
@@ -305,7 +305,7 @@ void run_expand(const TokenPlan& plan, const View& y, const View& u, const View&
   torch::stable::parallel_for(0, units, work < 32768 ? units : 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t part = unit % parts, from = part * pieces / parts * least, to = (part + 1) * pieces / parts * least;
-      if (from < width) kernel(args, plan.chunk(unit / parts, coeff_b.size[1]), from, std::min(to, width));
+      if (from < width) kernel(args, plan.chunk(unit / parts, coeff_b.size[1], coeff_b.dtype), from, std::min(to, width));
     }
   });
 }

@@ -170,7 +170,7 @@ void shrink_chunk(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int
   const int64_t r = end - begin, p = coeff.size[1], width = basis.size[2], size = sizeof(E);
   const int64_t segment = width < kSegment<E> ? width : kSegment<E>;
   const int64_t apart_e = apart<E>(segment, size), apart_held = apart<E>(segment, sizeof(Held<E>));
-  const bool in_place = groups_of(chunk) <= kPasses && readable<E>(basis, 2, width);
+  const bool in_place = passes_of(chunk) <= kPasses && readable<E>(basis, 2, width);
   const int64_t packed_rows = in_place ? 0 : (p + 1) * r;
   Room room(Room::bytes<E>(packed_rows * apart_e) + Room::bytes<Held<E>>(r * apart_held) +
             Room::bytes<E>(kTokens * p * apart_e) + Room::bytes<E>(kTokens * apart_e) +
@@ -312,7 +312,7 @@ void run_shrink(const TokenPlan& plan, const View& x, const View& basis_a, const
   torch::stable::parallel_for(0, units, work < 32768 ? units : 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t part = unit % parts, from = part * fours / parts * 4, to = (part + 1) * fours / parts * 4;
-      if (from < r) kernel(args, plan.chunk(unit / parts, coeff_a.size[1]), from, std::min(to, r));
+      if (from < r) kernel(args, plan.chunk(unit / parts, coeff_a.size[1], coeff_a.dtype), from, std::min(to, r));
     }
   });
 }
