@@ -20,7 +20,6 @@ from triton.runtime.jit import JITFunction
 from rmm_kernels.triton_ops._launch import Launch
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import ptxsim
 
 from benchmarks.aot import compiled
