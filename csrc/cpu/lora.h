@@ -4,11 +4,11 @@
 // anywhere: a task with one token in the chunk has them made in registers and used at once (the direct form), a task with more
 // has a segment of them kept in the cache for all of its tokens (the restored form). Both round alike, in the same order, so a
 // row of the result keeps every bit whatever else is in the batch, and which form a task takes is a matter of speed alone:
-// restored_from below.
+// kRestored below.
 //
 // A unit of work takes a chunk of tokens over some positions (expand) or some ranks (shrink), segment by segment. The basis of
-// a segment is read where it is, or, for many tasks, copied once into rows an odd number of cache lines apart (rows of a
-// factor lie a power of two apart more often than not, and would share cache sets).
+// a segment is copied once into rows an odd number of cache lines apart (rows of a factor lie a power of two apart more often
+// than not, and would share cache sets); so are the coefficients and rows of x that are walked through more than once.
 //
 // Sums are kept in fp32, fp64 for fp64. Where the CPU multiplies pairs of bf16 (kPairs), bf16 stays bf16: restored factors
 // are rounded to it, as an adapter's own factors in bf16 are, and u is. Elsewhere bf16 and fp16 are widened as they are read.
@@ -28,20 +28,20 @@ struct Chunk {
   int64_t restored;  // tokens from which on a task's factors are restored to the cache
 };
 
-// From how many tokens of a task on the restored form is the faster one. For every value of a factor the direct form takes p
-// products to restore it and one to use it, token by token; the restored form takes the p once, stores the value, and then a
-// product and a part of a load a token: c + b p + g m against m (a p + 1), even at m = (c + b p) / (1 + a p - g). Widths, ranks
-// and the number of tokens cancel. The constants are a fit to `python -m benchmarks.serving forms`, which shows what the choice
-// costs; products of pairs of bf16 make restored values cheaper to use.
-constexpr int64_t restored_from(int64_t p, bool pairs) { return ((pairs ? 5 : 9) + p + (1 + p)) / (2 + p); }
+// From how many tokens of a task on the restored form is the faster one. For every value of a factor and m tokens, the direct
+// form takes m (p + 1) products, the restored form p, a store, m loads and m products: widths, ranks and the number of tokens
+// cancel. Measured, so do the components: they share what is loaded in the direct form. `python -m benchmarks.serving forms`
+// shows what the choice costs.
+constexpr int64_t kRestored = 3;
 
 namespace RMM_ISA {
 
-// So many walks through the basis read it where it is; for more, it is copied.
-constexpr int64_t kPasses = 3;
-
-// Tokens an inner loop takes at once: as many as leave their sums in registers.
+// Tokens an inner loop takes at once: as many as leave their sums, or their restored factors, of 4 ranks in registers.
 constexpr int kTokens = kBytes == 64 ? 6 : 3;
+
+// Tokens of the direct form that take turns at a piece of so many positions of 4 ranks of the basis, which stays in the
+// first-level cache meanwhile, as what is theirs does for all ranks.
+constexpr int64_t kLone = 12, kPiece = 64;
 
 // ---- values of E, how they are multiplied
 
@@ -89,7 +89,9 @@ constexpr int kParts = kPairs<E> ? 2 : 1;  // factors in a product of registers;
 template <class E>
 constexpr int kStep = kParts<E> * kLanes<Sum<E>>;  // positions that the loops go on by: a register of Held
 template <class E>
-constexpr int64_t kSegment = 2048 / static_cast<int64_t>(sizeof(Held<E>));  // positions
+constexpr int kAbreast = kTokens / kParts<E>;  // tokens whose tasks are restored in registers at once
+template <class E>
+constexpr int64_t kSegment = 1024 / static_cast<int64_t>(sizeof(Held<E>));  // positions
 
 // A step of positions, widened. Of pairs, part[0] has the even ones, part[1] the odd ones.
 template <class E>
@@ -184,14 +186,34 @@ const E* row_of(const char* from, int64_t stride, int64_t count, E* copy) {
   return copy;
 }
 
-// As row_of, as it is multiplied.
+// A step as it is multiplied.
+template <class E>
+RMM_INLINE Reg<E> held_step(const E* from) {
+  if constexpr (sizeof(Held<E>) == sizeof(E)) {
+    return load_held<E>(reinterpret_cast<const Held<E>*>(from));
+  } else {
+    return load_as<Sum<E>>(from);
+  }
+}
+
+// As row_of, as it is multiplied: always a copy. What comes after a row of x or of coefficients is read a piece later: the
+// rows are far apart, and the hardware's prefetcher starts anew on each.
+template <class E>
+void hold_row(const char* from, int64_t stride, int64_t count, E* copy, Held<E>* held) {
+  const E* const row = row_of<E>(from, stride, count, copy);
+  for (int64_t i = 0; i < count; i += kStep<E>) {
+    __builtin_prefetch(row + i + kPiece);
+    store_held<E>(held + i, held_step(row + i));
+  }
+}
+
+// As hold_row, the row itself where it is like that.
 template <class E>
 const Held<E>* held_row(const char* from, int64_t stride, int64_t count, E* copy, Held<E>* held) {
-  const E* const row = row_of<E>(from, stride, count, copy);
   if constexpr (sizeof(Held<E>) == sizeof(E)) {
-    return reinterpret_cast<const Held<E>*>(row);
+    return reinterpret_cast<const Held<E>*>(row_of<E>(from, stride, count, copy));
   } else {
-    for (int64_t i = 0; i < count; i += kStep<E>) store(held + i, load_as<Sum<E>>(row + i));
+    hold_row(from, stride, count, copy, held);
     return held;
   }
 }
@@ -203,7 +225,7 @@ inline int64_t run_length(const Chunk& chunk, int64_t first) {
   return last - first;
 }
 
-// Some tokens of a chunk that are treated together: a run of one task's, or up to kTokens whose tasks are too short of tokens
+// Some tokens of a chunk that are treated together: a run of one task's, or up to kLone whose tasks are too short of tokens
 // to be restored.
 struct Group {
   int64_t first, count;
@@ -214,56 +236,13 @@ inline Group group_at(const Chunk& chunk, int64_t first) {
   const int64_t run = run_length(chunk, first);
   if (run >= chunk.restored) return {first, run, true};
   int64_t count = run;
-  while (first + count < chunk.count && count < kTokens) {
+  while (first + count < chunk.count && count < kLone) {
     const int64_t next = run_length(chunk, first + count);
     if (next >= chunk.restored) break;
     count += next;
   }
-  return {first, count < kTokens ? count : kTokens, false};
+  return {first, count < kLone ? count : kLone, false};
 }
-
-// How often the basis is walked through: for each task that is restored, and for each token that is not.
-inline int64_t passes_of(const Chunk& chunk) {
-  int64_t passes = 0;
-  for (int64_t i = 0; i < chunk.count;) {
-    const Group group = group_at(chunk, i);
-    passes += group.restored ? 1 : group.count;
-    i += group.count;
-  }
-  return passes;
-}
-
-// Memory that will be read soon, fetched a few lines at a time from between the inner loops: the rows are far apart, and the
-// hardware's prefetcher starts anew on each; all at once they would wait for each other.
-class Ahead {
- public:
-  void clear() { rows_ = at_ = 0, lines_ = 0; }
-
-  // The `count` values of `size` bytes of a row from `from` on.
-  void add(const char* from, int64_t stride, int64_t count, int64_t size) {
-    if (stride != 1 || rows_ == kRows || count <= 0) return;
-    begin_[rows_] = from;
-    end_[rows_++] = from + count * size;
-    lines_ += (count * size + 63) / 64;
-  }
-
-  // What is there is fetched in `steps` steps.
-  void spread(int64_t steps) { step_ = steps > 0 ? (lines_ + steps - 1) / steps : lines_; }
-
-  RMM_INLINE void step() {
-    for (int64_t line = 0; line < step_ && at_ < rows_; ++line) {
-      __builtin_prefetch(begin_[at_]);
-      if ((begin_[at_] += 64) >= end_[at_]) ++at_;
-    }
-  }
-
- private:
-  static constexpr int kRows = 64;
-  const char* begin_[kRows];
-  const char* end_[kRows];
-  int rows_ = 0, at_ = 0;
-  int64_t lines_ = 0, step_ = 0;
-};
 
 // ---- the basis
 
@@ -272,35 +251,30 @@ template <class E>
 struct Panel {
   const E* data;
   int64_t component, rank;
-  bool in_place;
 
   const E* at(int64_t j) const { return data + j * rank; }
 };
 
-// Whether a factor can be read where it is, over segments of whole steps.
-template <class E>
-bool readable(const View& factor, int position_axis, int64_t count) {
-  return factor.stride[position_axis] == 1 && count % kStep<E> == 0;
-}
-
-// `ranks` rows of the factor from `rank` on, over `count` positions from `position` on: where they are, or copied to `room`
-// of (p + 1) · ranks rows.
+// `ranks` rows of the factor from `rank` on, over `count` positions from `position` on, copied to `room` of (p + 1) · ranks
+// rows.
 template <class E>
 Panel<E> panel_of(const View& factor, int rank_axis, int position_axis, int64_t rank, int64_t ranks, int64_t position,
-                  int64_t count, bool in_place, E* room) {
+                  int64_t count, E* room) {
   using T = Sum<E>;
   constexpr int W = kLanes<T>;
   const int64_t size = sizeof(E), along_rank = factor.stride[rank_axis], along_position = factor.stride[position_axis];
   const char* const first = factor.data + (rank * along_rank + position * along_position) * size;
-  if (in_place) return {reinterpret_cast<const E*>(first), factor.stride[0], along_rank, true};
   const int64_t row = apart<E>(count, size), full = padded(count, kStep<E>);
-  const Panel<E> panel{room, ranks * row, row, false};
+  const Panel<E> panel{room, ranks * row, row};
   for (int64_t k = 0; k < factor.size[0]; ++k) {
     const char* const from = first + k * factor.stride[0] * size;
     if (along_position <= along_rank || ranks == 1) {
       for (int64_t j = 0; j < ranks; ++j, room += row) {
         const E* const found = row_of<E>(from + j * along_rank * size, along_position, count, room);
-        if (found != room) memcpy(room, found, count * size);
+        for (int64_t i = 0; found != room && i < count; i += kStep<E>) {
+          __builtin_prefetch(found + 4 * along_rank + i);
+          memcpy(room + i, found + i, kStep<E> * size);
+        }
       }
       continue;
     }
@@ -320,41 +294,44 @@ Panel<E> panel_of(const View& factor, int rank_axis, int position_axis, int64_t 
   return panel;
 }
 
-constexpr int kFar = 512;  // bytes that the rows of a basis that is read where it is are fetched ahead
-
-// w[j] = basis[0][j] + Σ_k c_k ⊙ basis[k + 1][j] at a step of positions, `Rows` ranks; c [p], `apart` elements apart.
-template <class E, int Rows, bool Far>
-RMM_INLINE void restore(const E* basis, int64_t component, int64_t rank, int64_t p, const E* c, int64_t apart, Wide<E>* w) {
-#pragma GCC unroll 4
-  for (int j = 0; j < Rows; ++j) {
-    w[j] = widen_step<E>(basis + j * rank);
-    if constexpr (Far) __builtin_prefetch(reinterpret_cast<const char*>(basis + j * rank) + kFar);
-  }
-  for (int64_t k = 0; k < p; ++k) {
-    basis += component;
-    const Wide<E> weight = widen_step<E>(c + k * apart);
-#pragma GCC unroll 4
-    for (int j = 0; j < Rows; ++j) {
-      const Wide<E> from = widen_step<E>(basis + j * rank);
-      if constexpr (Far) __builtin_prefetch(reinterpret_cast<const char*>(basis + j * rank) + kFar);
-#pragma GCC unroll 2
-      for (int q = 0; q < kParts<E>; ++q) w[j].part[q] += weight.part[q] * from.part[q];
+// Coefficients of a task at `count` positions, widened, in rows [p] of whole steps, `apart` values apart.
+template <class E>
+void widen_coefficients(const View& coeff, int64_t task, int64_t position, int64_t count, E* copy, Sum<E>* to, int64_t apart) {
+  for (int64_t k = 0; k < coeff.size[1]; ++k, to += apart) {
+    const E* const row = row_of<E>(coeff.at(task, k, position), coeff.stride[2], count, copy);
+    for (int64_t i = 0; i < count; i += kStep<E>) {
+      __builtin_prefetch(row + i + kPiece);
+      memcpy(to + i, widen_step(row + i).part, sizeof(Wide<E>));
     }
   }
 }
 
-// The coefficients of a task over a segment, [p] rows `apart` elements apart: where they are, or copied to `room`.
-template <class E>
-const E* coefficients(const View& coeff, int64_t task, int64_t position, int64_t count, E* room, int64_t* apart_) {
-  if (coeff.stride[2] == 1 && count % kStep<E> == 0) {
-    *apart_ = coeff.stride[1];
-    return reinterpret_cast<const E*>(coeff.at(task, 0, position));
+// w[t][j] = basis[0][j] + Σ_k c_k ⊙ basis[k + 1][j] at a step of positions, for `Rows` ranks from `basis` on and the tasks of
+// `Tokens` tokens: what is loaded of the basis serves them all. c is [p, Tokens], rows of components `apart` values apart,
+// those of tokens kPiece.
+template <class E, int Tokens, int Rows>
+RMM_INLINE void restore(const Panel<E>& panel, const E* basis, int64_t p, const Sum<E>* c, int64_t apart, Wide<E> (*w)[Rows]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < Rows; ++j) {
+    w[0][j] = widen_step<E>(basis + j * panel.rank);
+#pragma GCC unroll 8
+    for (int t = 1; t < Tokens; ++t) w[t][j] = w[0][j];
   }
-  *apart_ = apart<E>(count, sizeof(E));
-  for (int64_t k = 0; k < coeff.size[1]; ++k) {
-    row_of<E>(coeff.at(task, k, position), coeff.stride[2], count, room + k * *apart_);
+  for (int64_t k = 0; k < p; ++k, c += apart) {
+    basis += panel.component;
+    Wide<E> from[Rows];
+#pragma GCC unroll 4
+    for (int j = 0; j < Rows; ++j) from[j] = widen_step<E>(basis + j * panel.rank);
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 2
+      for (int q = 0; q < kParts<E>; ++q) {
+        const Vec<Sum<E>> weight = load(c + t * kPiece + q * kLanes<Sum<E>>);
+#pragma GCC unroll 4
+        for (int j = 0; j < Rows; ++j) w[t][j].part[q] += weight * from[j].part[q];
+      }
+    }
   }
-  return room;
 }
 
 // Scratch of bytes, handed out in pieces of whole cache lines.
@@ -412,15 +389,13 @@ namespace rmm {
 // Every active token, sorted by task (stable), cut into chunks.
 struct TokenPlan {
   std::vector<int64_t> order, tasks;
-  int64_t forced;  // beside restored_from, for benchmarks; 0: not
+  int64_t forced;  // beside kRestored, for benchmarks; 0: not
 
   int64_t chunks() const { return (static_cast<int64_t>(order.size()) + kChunk - 1) / kChunk; }
-  // Of `p` components, values of `dtype`.
-  Chunk chunk(int64_t i, int64_t p, Dtype dtype) const {
-    const bool pairs = dtype == Dtype::bf16 && isa() == Isa::avx512_bf16;
+  Chunk chunk(int64_t i) const {
     const int64_t left = static_cast<int64_t>(order.size()) - i * kChunk;
     return {order.data() + i * kChunk, tasks.data() + i * kChunk, left < kChunk ? left : kChunk,
-            forced > 0 ? forced : restored_from(p, pairs)};
+            forced > 0 ? forced : kRestored};
   }
 };
 

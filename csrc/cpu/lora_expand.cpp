@@ -27,12 +27,10 @@ RMM_INLINE Reg<E> fold(const Wide<E>* w, int part) {
 
 // y[t] += Σ_j u[t][j] · w[j] at `Regs` registers of positions, for Tokens tokens; w is [ranks] rows, `apart` elements apart.
 template <class E, int Tokens, int Regs>
-RMM_INLINE void expand_tile(const Held<E>* w, int64_t apart, int64_t ranks, const Held<E>* u, E* const* y, int64_t position,
-                            Ahead& ahead) {
+RMM_INLINE void expand_tile(const Held<E>* w, int64_t apart, int64_t ranks, const Held<E>* u, E* const* y, int64_t position) {
   constexpr int64_t held = kStep<E>;  // elements of a register
   Vec<Sum<E>> sum[Tokens][Regs] = {};
   for (int64_t j = 0; j < ranks; ++j) {
-    ahead.step();
     Reg<E> row[Regs];
 #pragma GCC unroll 8
     for (int v = 0; v < Regs; ++v) row[v] = load_held<E>(w + j * apart + v * held);
@@ -58,114 +56,90 @@ RMM_INLINE void expand_tile(const Held<E>* w, int64_t apart, int64_t ranks, cons
 
 // As expand_tile, for 1 to Tokens tokens and a segment of `steps` steps.
 template <class E, int Tokens>
-void expand_tokens(int64_t tokens, const Held<E>* w, int64_t apart, int64_t ranks, const Held<E>* u, E* const* y, int64_t steps,
-                   Ahead& ahead) {
+void expand_tokens(int64_t tokens, const Held<E>* w, int64_t apart, int64_t ranks, const Held<E>* u, E* const* y,
+                   int64_t steps) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return expand_tokens<E, Tokens - 1>(tokens, w, apart, ranks, u, y, steps, ahead);
+    if (tokens < Tokens) return expand_tokens<E, Tokens - 1>(tokens, w, apart, ranks, u, y, steps);
   }
   constexpr int regs = 4, few = regs / kParts<E>;
   int64_t step = 0;
   for (; step + few <= steps; step += few) {
-    expand_tile<E, Tokens, regs>(w + step * kParts<E> * kStep<E>, apart, ranks, u, y, step * kStep<E>, ahead);
+    expand_tile<E, Tokens, regs>(w + step * kParts<E> * kStep<E>, apart, ranks, u, y, step * kStep<E>);
   }
   for (; step < steps; ++step) {
-    expand_tile<E, Tokens, kParts<E>>(w + step * kParts<E> * kStep<E>, apart, ranks, u, y, step * kStep<E>, ahead);
+    expand_tile<E, Tokens, kParts<E>>(w + step * kParts<E> * kStep<E>, apart, ranks, u, y, step * kStep<E>);
   }
 }
 
-// What one token needs of a segment.
-template <class E>
-struct Lone {
-  const Held<E>* u;
-  const E* c;  // [p]
-  int64_t apart;
-  Vec<Sum<E>>* sums;  // [steps · kParts]
-};
-
-// sums += Σ_j u[j] · w[j] for `Rows` ranks of a task that is restored in registers.
-template <class E, int Rows, bool Far>
-void expand_alone(const E* basis, const Panel<E>& panel, int64_t p, const Lone<E>& token, int64_t from, int64_t steps,
-                  int64_t rank) {
-  constexpr int folds = (Rows + kParts<E> - 1) / kParts<E>;
-  Reg<E> u[folds];
-#pragma GCC unroll 4
-  for (int j = 0; j < folds; ++j) u[j] = spread<E>(token.u + rank + j * kParts<E>);
-  for (int64_t step = from; step < from + steps; ++step) {
-    Wide<E> w[Rows];
-    restore<E, Rows, Far>(basis + step * kStep<E>, panel.component, panel.rank, p, token.c + step * kStep<E>, token.apart, w);
-#pragma GCC unroll 2
-    for (int q = 0; q < kParts<E>; ++q) {
-      Vec<Sum<E>> sum = token.sums[step * kParts<E> + q];
-#pragma GCC unroll 4
-      for (int j = 0; j < folds; ++j) {
-        sum = add_products<E>(sum, fold < E, Rows<kParts<E> ? 1 : 2>(w + j * kParts<E>, q), u[j]);
-      }
-      token.sums[step * kParts<E> + q] = sum;
-    }
-  }
-}
-
-template <class E, bool Far>
-void expand_lone(const Panel<E>& panel, int64_t r, int64_t p, const Lone<E>* tokens, int64_t count, int64_t steps,
-                 Ahead& ahead) {
-  const int64_t piece = Far ? steps : 8;  // as shrink_lone
-  for (int64_t from = 0; from < steps; from += piece) {
-    const int64_t some = steps - from < piece ? steps - from : piece;
-    int64_t j = 0;
-    for (; j + 4 <= r; j += 4) {
-      for (int64_t t = 0; t < count; ++t) {
-        if (Far && t == 0) {
-          expand_alone<E, 4, true>(panel.at(j), panel, p, tokens[t], from, some, j);
-        } else {
-          expand_alone<E, 4, false>(panel.at(j), panel, p, tokens[t], from, some, j);
-        }
-        ahead.step();
-      }
-    }
-    for (; j + kParts<E> <= r; j += kParts<E>) {
-      for (int64_t t = 0; t < count; ++t) {
-        expand_alone<E, kParts<E>, false>(panel.at(j), panel, p, tokens[t], from, some, j);
-      }
-    }
-    for (; j < r; ++j) {
-      for (int64_t t = 0; t < count; ++t) expand_alone<E, 1, false>(panel.at(j), panel, p, tokens[t], from, some, j);
-    }
-  }
-}
-
-// Rows of a task over a segment: [ranks / kParts] rows, `apart` elements apart.
-template <class E, int Rows, bool Far>
-void expand_rows(const E* basis, const Panel<E>& panel, int64_t p, const E* c, int64_t c_apart, int64_t steps, Held<E>* to,
-                 int64_t apart) {
+// Rows of a task over a segment: [ranks / kParts] rows, `apart` elements apart; c [p], a segment apart.
+template <class E, int Rows>
+void expand_rows(const Panel<E>& panel, int64_t rank, int64_t p, const Sum<E>* c, int64_t steps, Held<E>* to, int64_t apart) {
+  to += rank / kParts<E> * apart;
   for (int64_t step = 0; step < steps; ++step) {
-    Wide<E> w[Rows];
-    restore<E, Rows, Far>(basis + step * kStep<E>, panel.component, panel.rank, p, c + step * kStep<E>, c_apart, w);
+    Wide<E> w[1][Rows];
+    restore<E, 1, Rows>(panel, panel.at(rank) + step * kStep<E>, p, c + step * kStep<E>, steps * kStep<E>, w);
 #pragma GCC unroll 4
     for (int j = 0; j < (Rows + kParts<E> - 1) / kParts<E>; ++j) {
 #pragma GCC unroll 2
       for (int q = 0; q < kParts<E>; ++q) {
         store_held<E>(to + j * apart + (step * kParts<E> + q) * kStep<E>, fold < E,
-                      Rows<kParts<E> ? 1 : 2>(w + j * kParts<E>, q));
+                      Rows<kParts<E> ? 1 : 2>(w[0] + j * kParts<E>, q));
       }
     }
   }
 }
 
 template <class E>
-void expand_factor(const Panel<E>& panel, int64_t r, int64_t p, const E* c, int64_t c_apart, int64_t steps, Held<E>* to,
-                   int64_t apart) {
+void expand_factor(const Panel<E>& panel, int64_t r, int64_t p, const Sum<E>* c, int64_t steps, Held<E>* to, int64_t apart) {
   int64_t j = 0;
-  for (; j + 4 <= r; j += 4, to += 4 / kParts<E> * apart) {
-    if (panel.in_place) {
-      expand_rows<E, 4, true>(panel.at(j), panel, p, c, c_apart, steps, to, apart);
-    } else {
-      expand_rows<E, 4, false>(panel.at(j), panel, p, c, c_apart, steps, to, apart);
+  for (; j + 4 <= r; j += 4) expand_rows<E, 4>(panel, j, p, c, steps, to, apart);
+  for (; j + kParts<E> <= r; j += kParts<E>) expand_rows<E, kParts<E>>(panel, j, p, c, steps, to, apart);
+  for (; j < r; ++j) expand_rows<E, 1>(panel, j, p, c, steps, to, apart);
+}
+
+// What kLone tokens need of a piece whose tasks are restored in registers.
+template <class E>
+struct Lone {
+  Held<E>* u;    // [ranks, kLone, kParts]
+  Sum<E>* c;     // [p, kLone, kPiece]
+  Sum<E>* sums;  // [kLone, kPiece]
+  int64_t steps;
+};
+
+// sums[t] += Σ_j u[t][j] · w[j] for `Rows` ranks, whose u is `u`, of Tokens tokens from `token` on.
+template <class E, int Tokens, int Rows>
+void expand_abreast(const Panel<E>& panel, const E* basis, int64_t p, const Lone<E>& lone, const Held<E>* u, int64_t token) {
+  using T = Sum<E>;
+  constexpr int folds = (Rows + kParts<E> - 1) / kParts<E>;
+  const T* c = lone.c + token * kPiece;
+  T* sums = lone.sums + token * kPiece;
+  u += token * kParts<E>;
+  for (int64_t step = 0; step < lone.steps; ++step, basis += kStep<E>, c += kStep<E>, sums += kStep<E>) {
+    Wide<E> w[Tokens][Rows];
+    restore<E, Tokens, Rows>(panel, basis, p, c, kLone * kPiece, w);
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 2
+      for (int q = 0; q < kParts<E>; ++q) {
+        T* const at = sums + t * kPiece + q * kLanes<T>;
+        Vec<T> sum = load(at);
+#pragma GCC unroll 4
+        for (int j = 0; j < folds; ++j) {
+          sum = add_products<E>(sum, fold < E, Rows<kParts<E> ? 1 : 2>(w[t] + j * kParts<E>, q),
+                                spread<E>(u + (j * kLone + t) * kParts<E>));
+        }
+        store(at, sum);
+      }
     }
   }
-  for (; j + kParts<E> <= r; j += kParts<E>, to += apart) {
-    expand_rows<E, kParts<E>, false>(panel.at(j), panel, p, c, c_apart, steps, to, apart);
-  }
-  for (; j < r; ++j, to += apart) expand_rows<E, 1, false>(panel.at(j), panel, p, c, c_apart, steps, to, apart);
+}
+
+// As expand_abreast, for all tokens from `token` on, `Tokens` of them at once.
+template <class E, int Rows, int Tokens = kAbreast<E>>
+void expand_lone(const Panel<E>& panel, const E* basis, int64_t p, const Lone<E>& lone, const Held<E>* u, int64_t token,
+                 int64_t tokens) {
+  for (; token + Tokens <= tokens; token += Tokens) expand_abreast<E, Tokens, Rows>(panel, basis, p, lone, u, token);
+  if constexpr (Tokens > 1) expand_lone<E, Rows, Tokens - 1>(panel, basis, p, lone, u, token, tokens);
 }
 
 // u of a chunk's tokens, scaled, as it is multiplied: [count, ranks · kParts], 0 past r. `row` is room for one.
@@ -187,6 +161,12 @@ void scaled_rows(const ExpandArgs& args, const Chunk& chunk, int64_t r, int64_t 
   }
 }
 
+// Back from a copy that row_of made.
+template <class E>
+void put_row(const E* row, char* to, int64_t stride, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) reinterpret_cast<E*>(to)[i * stride] = row[i];
+}
+
 template <class E>
 void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int64_t end) {
   using T = Sum<E>;
@@ -195,81 +175,78 @@ void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int
   const int64_t ranks = (r + kParts<E> - 1) / kParts<E>;  // rows of factors
   const int64_t segment = width < kSegment<E> ? width : kSegment<E>, most = padded(segment, kStep<E>);
   const int64_t apart_e = apart<E>(segment, size), apart_held = apart<E>(most * kParts<E>, sizeof(Held<E>));
-  const bool in_place = passes_of(chunk) <= kPasses && readable<E>(basis, 1, width);
-  const int64_t packed_rows = in_place ? 0 : (p + 1) * r;
-  Room room(Room::bytes<E>(packed_rows * apart_e) + Room::bytes<Held<E>>(ranks * apart_held) +
-            Room::bytes<E>(kTokens * p * apart_e) + Room::bytes<E>(kTokens * apart_e) + Room::bytes<T>(kTokens * most) +
+  Room room(Room::bytes<E>((p + 1) * r * apart_e) + Room::bytes<E>(kTokens * apart_e) +
+            Room::bytes<Held<E>>(ranks * apart_held) + Room::bytes<T>(p * most) + Room::bytes<T>(p * kLone * kPiece) +
+            Room::bytes<T>(kLone * kPiece) + Room::bytes<Held<E>>(kLone * ranks * kParts<E>) +
             Room::bytes<T>(padded(r, kLanes<T>)) + Room::bytes<Held<E>>(chunk.count * ranks * kParts<E>));
-  E* const packed = room.take<E>(packed_rows * apart_e);
-  Held<E>* const factor = room.take<Held<E>>(ranks * apart_held);
-  E* const weights = room.take<E>(kTokens * p * apart_e);
+  E* const packed = room.take<E>((p + 1) * r * apart_e);
   E* const copies = room.take<E>(kTokens * apart_e);
-  Vec<T>* const sums = reinterpret_cast<Vec<T>*>(room.take<T>(kTokens * most));
+  Held<E>* const factor = room.take<Held<E>>(ranks * apart_held);
+  T* const weights = room.take<T>(p * most);
+  T* const lone_c = room.take<T>(p * kLone * kPiece);
+  T* const lone_sums = room.take<T>(kLone * kPiece);
+  Held<E>* const lone_u = room.take<Held<E>>(kLone * ranks * kParts<E>);
   T* const row = room.take<T>(padded(r, kLanes<T>));
   Held<E>* const u = room.take<Held<E>>(chunk.count * ranks * kParts<E>);
   scaled_rows<E>(args, chunk, r, ranks, row, u);
 
-  Ahead ahead;
   for (int64_t position = begin; position < end; position += segment) {
     const int64_t count = end - position < segment ? end - position : segment;
     const int64_t steps = padded(count, kStep<E>) / kStep<E>;
-    const Panel<E> panel = panel_of<E>(basis, 2, 1, 0, r, position, count, in_place, packed);
-    for (int64_t i = 0; i < chunk.count;) {
-      const Group group = group_at(chunk, i);
-      int64_t c_apart;
+    const Panel<E> panel = panel_of<E>(basis, 2, 1, 0, r, position, count, packed);
+    Group group;
+    for (int64_t i = 0; i < chunk.count; i += group.count) {
+      group = group_at(chunk, i);
       if (group.restored) {
-        const E* const c = coefficients<E>(coeff, chunk.tasks[i], position, count, weights, &c_apart);
-        expand_factor<E>(panel, r, p, c, c_apart, steps, factor, apart_held);
+        widen_coefficients<E>(coeff, chunk.tasks[i], position, count, copies, weights, steps * kStep<E>);
+        expand_factor<E>(panel, r, p, weights, steps, factor, apart_held);
+        int64_t tokens;
+        for (int64_t first = i; first < i + group.count; first += tokens) {
+          tokens = i + group.count - first < kTokens ? i + group.count - first : kTokens;
+          E* rows[kTokens];
+          for (int64_t t = 0; t < tokens; ++t) {
+            char* const at = y.at(chunk.order[first + t], position);
+            rows[t] = const_cast<E*>(row_of<E>(at, y.stride[1], count, copies + t * apart_e));
+          }
+          expand_tokens<E, kTokens>(tokens, factor, apart_held, ranks, u + first * ranks * kParts<E>, rows, steps);
+          for (int64_t t = 0; t < tokens; ++t) {
+            if (rows[t] == copies + t * apart_e) put_row(rows[t], y.at(chunk.order[first + t], position), y.stride[1], count);
+          }
+        }
+        continue;
       }
-      for (int64_t done = 0; done < group.count; done += kTokens) {
-        const int64_t first = i + done, left = group.count - done, tokens = left < kTokens ? left : kTokens;
-        // What the next tokens read.
-        ahead.clear();
-        const int64_t next = first + tokens, last = next + kTokens < chunk.count ? next + kTokens : chunk.count;
-        for (int64_t t = next; t < last; ++t) {
-          ahead.add(y.at(chunk.order[t], position), y.stride[1], count, size);
-          for (int64_t k = 0; k < p && (t == next || chunk.tasks[t] != chunk.tasks[t - 1]); ++k) {
-            ahead.add(coeff.at(chunk.tasks[t], k, position), coeff.stride[2], count, size);
-          }
-        }
-        E* rows[kTokens];
-        for (int64_t t = 0; t < tokens; ++t) {
-          char* const at = y.at(chunk.order[first + t], position);
-          rows[t] = const_cast<E*>(row_of<E>(at, y.stride[1], count, copies + t * apart_e));
-        }
-        const Held<E>* const us = u + first * ranks * kParts<E>;
-        if (group.restored) {
-          ahead.spread(steps * kParts<E> / 4 * ranks);
-          expand_tokens<E, kTokens>(tokens, factor, apart_held, ranks, us, rows, steps, ahead);
-        } else {
-          Lone<E> lone[kTokens];
-          for (int64_t t = 0; t < tokens; ++t) {
-            const E* const c =
-                coefficients<E>(coeff, chunk.tasks[first + t], position, count, weights + t * p * apart_e, &c_apart);
-            lone[t] = {us + t * ranks * kParts<E>, c, c_apart, sums + t * most / kLanes<T>};
-            for (int64_t v = 0; v < steps * kParts<E>; ++v) lone[t].sums[v] = Vec<T>{};
-          }
-          ahead.spread(r / 4 * tokens * (in_place ? 1 : steps / 8));
-          if (in_place) {
-            expand_lone<E, true>(panel, r, p, lone, tokens, steps, ahead);
-          } else {
-            expand_lone<E, false>(panel, r, p, lone, tokens, steps, ahead);
-          }
-          for (int64_t t = 0; t < tokens; ++t) {
-            for (int64_t step = 0; step < steps; ++step) {
-              Wide<E> value = widen_step<E>(rows[t] + step * kStep<E>);
-              for (int q = 0; q < kParts<E>; ++q) value.part[q] += lone[t].sums[step * kParts<E> + q];
-              store_step<E>(rows[t] + step * kStep<E>, value);
-            }
-          }
-        }
-        for (int64_t t = 0; t < tokens; ++t) {
-          if (rows[t] != copies + t * apart_e) continue;
-          E* const to = reinterpret_cast<E*>(y.at(chunk.order[first + t], position));
-          for (int64_t at = 0; at < count; ++at) to[at * y.stride[1]] = rows[t][at];
+      for (int64_t j = 0; j < ranks; ++j) {
+        for (int64_t t = 0; t < group.count; ++t) {
+          memcpy(lone_u + (j * kLone + t) * kParts<E>, u + ((i + t) * ranks + j) * kParts<E>, kParts<E> * sizeof(Held<E>));
         }
       }
-      i += group.count;
+      for (int64_t at = 0; at < count; at += kPiece) {
+        const int64_t left = count - at < kPiece ? count - at : kPiece;
+        const Lone<E> lone{lone_u, lone_c, lone_sums, padded(left, kStep<E>) / kStep<E>};
+        for (int64_t t = 0; t < group.count; ++t) {
+          widen_coefficients<E>(coeff, chunk.tasks[i + t], position + at, left, copies, lone.c + t * kPiece, kLone * kPiece);
+        }
+        memset(lone.sums, 0, group.count * kPiece * sizeof(T));
+        const Held<E>* us = lone.u;
+        int64_t j = 0;
+        for (; j + 4 <= r; j += 4, us += 4 * kLone) {
+          expand_lone<E, 4>(panel, panel.at(j) + at, p, lone, us, 0, group.count);
+        }
+        for (; j + kParts<E> <= r; j += kParts<E>, us += kLone * kParts<E>) {
+          expand_lone<E, kParts<E>>(panel, panel.at(j) + at, p, lone, us, 0, group.count);
+        }
+        for (; j < r; ++j) expand_lone<E, 1>(panel, panel.at(j) + at, p, lone, us, 0, group.count);
+        for (int64_t t = 0; t < group.count; ++t) {
+          char* const to = y.at(chunk.order[i + t], position + at);
+          E* const values = const_cast<E*>(row_of<E>(to, y.stride[1], left, copies));
+          for (int64_t from = 0; from < left; from += kStep<E>) {
+            Wide<E> value = widen_step<E>(values + from);
+            for (int q = 0; q < kParts<E>; ++q) value.part[q] += load(lone.sums + t * kPiece + from + q * kLanes<T>);
+            store_step<E>(values + from, value);
+          }
+          if (values == copies) put_row(values, to, y.stride[1], left);
+        }
+      }
     }
   }
 }
@@ -305,7 +282,7 @@ void run_expand(const TokenPlan& plan, const View& y, const View& u, const View&
   torch::stable::parallel_for(0, units, work < 32768 ? units : 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t part = unit % parts, from = part * pieces / parts * least, to = (part + 1) * pieces / parts * least;
-      if (from < width) kernel(args, plan.chunk(unit / parts, coeff_b.size[1], coeff_b.dtype), from, std::min(to, width));
+      if (from < width) kernel(args, plan.chunk(unit / parts), from, std::min(to, width));
     }
   });
 }

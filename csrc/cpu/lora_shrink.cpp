@@ -23,18 +23,16 @@ RMM_INLINE Reg<E> fold(const Wide<E>& w) {
   }
 }
 
-// sums[t][j] += Σ_positions w[j] · x[t], Tokens × Rows sums in registers.
+// sums[t][j] += Σ_positions w[j] · x[t], Tokens × Rows sums in registers, [Tokens, 4] in memory.
 template <class E, int Tokens, int Rows>
-RMM_INLINE void shrink_tile(const Held<E>* w, int64_t apart, const Held<E>* const* x, int64_t steps, Vec<Sum<E>>* sums,
-                            int64_t r, Ahead& ahead) {
+RMM_INLINE void shrink_tile(const Held<E>* w, int64_t apart, const Held<E>* const* x, int64_t steps, Vec<Sum<E>>* sums) {
   Vec<Sum<E>> sum[Tokens][Rows];
 #pragma GCC unroll 8
   for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 8
-    for (int j = 0; j < Rows; ++j) sum[t][j] = sums[t * r + j];
+    for (int j = 0; j < Rows; ++j) sum[t][j] = sums[t * 4 + j];
   }
   for (int64_t at = 0; at < steps * kStep<E>; at += kStep<E>) {
-    ahead.step();
     Reg<E> row[Rows];
 #pragma GCC unroll 8
     for (int j = 0; j < Rows; ++j) row[j] = load_held<E>(w + j * apart + at);
@@ -48,101 +46,74 @@ RMM_INLINE void shrink_tile(const Held<E>* w, int64_t apart, const Held<E>* cons
 #pragma GCC unroll 8
   for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 8
-    for (int j = 0; j < Rows; ++j) sums[t * r + j] = sum[t][j];
+    for (int j = 0; j < Rows; ++j) sums[t * 4 + j] = sum[t][j];
   }
 }
 
-// As shrink_tile, for 1 to Tokens tokens and any number of ranks.
+// As shrink_tile, for 1 to Tokens tokens and any number of ranks; sums [fours of ranks, Tokens, 4], `fours` apart.
 template <class E, int Tokens>
 void shrink_tokens(int64_t tokens, const Held<E>* w, int64_t apart, const Held<E>* const* x, int64_t steps, int64_t r,
-                   Vec<Sum<E>>* sums, Ahead& ahead) {
+                   Vec<Sum<E>>* sums, int64_t fours) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return shrink_tokens<E, Tokens - 1>(tokens, w, apart, x, steps, r, sums, ahead);
+    if (tokens < Tokens) return shrink_tokens<E, Tokens - 1>(tokens, w, apart, x, steps, r, sums, fours);
   }
   int64_t j = 0;
-  for (; j + 4 <= r; j += 4) {
-    shrink_tile<E, Tokens, 4>(w + j * apart, apart, x, steps, sums + j, r, ahead);
-  }
-  for (; j < r; ++j) shrink_tile<E, Tokens, 1>(w + j * apart, apart, x, steps, sums + j, r, ahead);
+  for (; j + 4 <= r; j += 4, sums += fours) shrink_tile<E, Tokens, 4>(w + j * apart, apart, x, steps, sums);
+  for (; j < r; ++j, ++sums) shrink_tile<E, Tokens, 1>(w + j * apart, apart, x, steps, sums);
 }
 
-// What one token needs of a segment.
+// The rows of a task over a segment, `apart` elements apart; c [p], a segment apart.
+template <class E, int Rows>
+void shrink_rows(const Panel<E>& panel, int64_t rank, int64_t p, const Sum<E>* c, int64_t steps, Held<E>* to, int64_t apart) {
+  for (int64_t at = 0; at < steps * kStep<E>; at += kStep<E>) {
+    Wide<E> w[1][Rows];
+    restore<E, 1, Rows>(panel, panel.at(rank) + at, p, c + at, steps * kStep<E>, w);
+#pragma GCC unroll 4
+    for (int j = 0; j < Rows; ++j) store_held<E>(to + (rank + j) * apart + at, fold<E>(w[0][j]));
+  }
+}
+
+template <class E>
+void shrink_factor(const Panel<E>& panel, int64_t r, int64_t p, const Sum<E>* c, int64_t steps, Held<E>* to, int64_t apart) {
+  int64_t j = 0;
+  for (; j + 4 <= r; j += 4) shrink_rows<E, 4>(panel, j, p, c, steps, to, apart);
+  for (; j < r; ++j) shrink_rows<E, 1>(panel, j, p, c, steps, to, apart);
+}
+
+// What kLone tokens need of a piece whose tasks are restored in registers.
 template <class E>
 struct Lone {
-  const Held<E>* x;
-  const E* c;  // [p]
-  int64_t apart;
-  Vec<Sum<E>>* sums;
+  Held<E>* x;         // [kLone, kPiece]
+  Sum<E>* c;          // [p, kLone, kPiece]
+  Vec<Sum<E>>* sums;  // [kLone, 4]
+  int64_t steps;
 };
 
-// sums[j] += Σ_positions w[j] · x for `Rows` ranks of a task that is restored in registers.
-template <class E, int Rows, bool Far>
-void shrink_alone(const E* basis, const Panel<E>& panel, int64_t p, const Lone<E>& token, int64_t from, int64_t steps,
-                  int64_t rank) {
-  Vec<Sum<E>> sum[Rows];
+// sums[t][j] += Σ_positions w[j] · x[t] for `Rows` ranks of Tokens tokens from `token` on. The sums stay in memory: registers
+// are full of w.
+template <class E, int Tokens, int Rows>
+void shrink_abreast(const Panel<E>& panel, const E* basis, int64_t p, const Lone<E>& lone, int64_t token) {
+  const Sum<E>* c = lone.c + token * kPiece;
+  const Held<E>* x = lone.x + token * kPiece;
+  Vec<Sum<E>>* sums = lone.sums + token * 4;
+  for (int64_t step = 0; step < lone.steps; ++step, basis += kStep<E>, c += kStep<E>, x += kStep<E>) {
+    asm("" : "+r"(sums));  // else GCC keeps an address for each, in memory
+    Wide<E> w[Tokens][Rows];
+    restore<E, Tokens, Rows>(panel, basis, p, c, kLone * kPiece, w);
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) {
+      const Reg<E> xt = load_held<E>(x + t * kPiece);
 #pragma GCC unroll 4
-  for (int j = 0; j < Rows; ++j) sum[j] = token.sums[rank + j];
-  for (int64_t at = from; at < from + steps * kStep<E>; at += kStep<E>) {
-    Wide<E> w[Rows];
-    restore<E, Rows, Far>(basis + at, panel.component, panel.rank, p, token.c + at, token.apart, w);
-    const Reg<E> x = load_held<E>(token.x + at);
-#pragma GCC unroll 4
-    for (int j = 0; j < Rows; ++j) sum[j] = add_products<E>(sum[j], fold<E>(w[j]), x);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < Rows; ++j) token.sums[rank + j] = sum[j];
-}
-
-template <class E, bool Far>
-void shrink_lone(const Panel<E>& panel, int64_t r, int64_t p, const Lone<E>* tokens, int64_t count, int64_t steps,
-                 Ahead& ahead) {
-  // Where the basis is read in place, along whole segments; else in short pieces, that stay in the first-level cache for
-  // all tokens.
-  const int64_t piece = Far ? steps : 8;
-  for (int64_t from = 0; from < steps; from += piece) {
-    const int64_t some = steps - from < piece ? steps - from : piece, at = from * kStep<E>;
-    int64_t j = 0;
-    for (; j + 4 <= r; j += 4) {
-      for (int64_t t = 0; t < count; ++t) {
-        // Those after the first find the rows in a cache.
-        if (Far && t == 0) {
-          shrink_alone<E, 4, true>(panel.at(j), panel, p, tokens[t], at, some, j);
-        } else {
-          shrink_alone<E, 4, false>(panel.at(j), panel, p, tokens[t], at, some, j);
-        }
-        ahead.step();
-      }
-    }
-    for (; j < r; ++j) {
-      for (int64_t t = 0; t < count; ++t) shrink_alone<E, 1, false>(panel.at(j), panel, p, tokens[t], at, some, j);
+      for (int j = 0; j < Rows; ++j) sums[t * 4 + j] = add_products<E>(sums[t * 4 + j], fold<E>(w[t][j]), xt);
     }
   }
 }
 
-// The rows of a task over a segment, `apart` elements apart.
-template <class E, int Rows, bool Far>
-void shrink_rows(const E* basis, const Panel<E>& panel, int64_t p, const E* c, int64_t c_apart, int64_t steps, Held<E>* to,
-                 int64_t apart) {
-  for (int64_t at = 0; at < steps * kStep<E>; at += kStep<E>) {
-    Wide<E> w[Rows];
-    restore<E, Rows, Far>(basis + at, panel.component, panel.rank, p, c + at, c_apart, w);
-#pragma GCC unroll 4
-    for (int j = 0; j < Rows; ++j) store_held<E>(to + j * apart + at, fold<E>(w[j]));
-  }
-}
-
-template <class E>
-void shrink_factor(const Panel<E>& panel, int64_t r, int64_t p, const E* c, int64_t c_apart, int64_t steps, Held<E>* to,
-                   int64_t apart) {
-  int64_t j = 0;
-  for (; j + 4 <= r; j += 4) {
-    if (panel.in_place) {
-      shrink_rows<E, 4, true>(panel.at(j), panel, p, c, c_apart, steps, to + j * apart, apart);
-    } else {
-      shrink_rows<E, 4, false>(panel.at(j), panel, p, c, c_apart, steps, to + j * apart, apart);
-    }
-  }
-  for (; j < r; ++j) shrink_rows<E, 1, false>(panel.at(j), panel, p, c, c_apart, steps, to + j * apart, apart);
+// As shrink_abreast, for all tokens from `token` on, `Tokens` of them at once.
+template <class E, int Rows, int Tokens = kAbreast<E>>
+void shrink_lone(const Panel<E>& panel, const E* basis, int64_t p, const Lone<E>& lone, int64_t token, int64_t tokens) {
+  for (; token + Tokens <= tokens; token += Tokens) shrink_abreast<E, Tokens, Rows>(panel, basis, p, lone, token);
+  if constexpr (Tokens > 1) shrink_lone<E, Rows, Tokens - 1>(panel, basis, p, lone, token, tokens);
 }
 
 // out[i] = the sum of v[i]'s lanes.
@@ -168,75 +139,62 @@ void shrink_chunk(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int
   using T = Sum<E>;
   const View &x = args.x, &basis = args.basis, &coeff = args.coeff;
   const int64_t r = end - begin, p = coeff.size[1], width = basis.size[2], size = sizeof(E);
-  const int64_t segment = width < kSegment<E> ? width : kSegment<E>;
+  const int64_t segment = width < kSegment<E> ? width : kSegment<E>, most = padded(segment, kStep<E>);
   const int64_t apart_e = apart<E>(segment, size), apart_held = apart<E>(segment, sizeof(Held<E>));
-  const bool in_place = passes_of(chunk) <= kPasses && readable<E>(basis, 2, width);
-  const int64_t packed_rows = in_place ? 0 : (p + 1) * r;
-  Room room(Room::bytes<E>(packed_rows * apart_e) + Room::bytes<Held<E>>(r * apart_held) +
-            Room::bytes<E>(kTokens * p * apart_e) + Room::bytes<E>(kTokens * apart_e) +
-            Room::bytes<Held<E>>(kTokens * apart_held) + Room::bytes<Vec<T>>(chunk.count * r) +
-            Room::bytes<T>(chunk.count * r));
-  E* const packed = room.take<E>(packed_rows * apart_e);
-  Held<E>* const factor = room.take<Held<E>>(r * apart_held);
-  E* const weights = room.take<E>(kTokens * p * apart_e);
+  const int64_t fours = chunk.count * 4, all = (r + 3) / 4 * fours;  // sums [fours of ranks, tokens, 4]
+  Room room(Room::bytes<E>((p + 1) * r * apart_e) + Room::bytes<E>(kTokens * apart_e) + Room::bytes<Held<E>>(r * apart_held) +
+            Room::bytes<Held<E>>(kTokens * apart_held) + Room::bytes<Held<E>>(kLone * kPiece) + Room::bytes<T>(p * most) +
+            Room::bytes<T>(p * kLone * kPiece) + Room::bytes<Vec<T>>(all) + Room::bytes<T>(all));
+  E* const packed = room.take<E>((p + 1) * r * apart_e);
   E* const copies = room.take<E>(kTokens * apart_e);
+  Held<E>* const factor = room.take<Held<E>>(r * apart_held);
   Held<E>* const helds = room.take<Held<E>>(kTokens * apart_held);
-  Vec<T>* const sums = room.take<Vec<T>>(chunk.count * r);
-  T* const u = room.take<T>(chunk.count * r);
-  for (int64_t i = 0; i < chunk.count * r; ++i) sums[i] = Vec<T>{};
+  Held<E>* const lone_x = room.take<Held<E>>(kLone * kPiece);
+  T* const weights = room.take<T>(p * most);
+  T* const lone_c = room.take<T>(p * kLone * kPiece);
+  Vec<T>* const sums = room.take<Vec<T>>(all);
+  T* const u = room.take<T>(all);
+  for (int64_t i = 0; i < all; ++i) sums[i] = Vec<T>{};
 
-  Ahead ahead;
   for (int64_t position = 0; position < width; position += segment) {
     const int64_t count = width - position < segment ? width - position : segment;
     const int64_t steps = padded(count, kStep<E>) / kStep<E>;
-    const Panel<E> panel = panel_of<E>(basis, 1, 2, begin, r, position, count, in_place, packed);
-    for (int64_t i = 0; i < chunk.count;) {
-      const Group group = group_at(chunk, i);
-      int64_t c_apart;
+    const Panel<E> panel = panel_of<E>(basis, 1, 2, begin, r, position, count, packed);
+    Group group;
+    for (int64_t i = 0; i < chunk.count; i += group.count) {
+      group = group_at(chunk, i);
       if (group.restored) {
-        const E* const c = coefficients<E>(coeff, chunk.tasks[i], position, count, weights, &c_apart);
-        shrink_factor<E>(panel, r, p, c, c_apart, steps, factor, apart_held);
-      }
-      for (int64_t done = 0; done < group.count; done += kTokens) {
-        const int64_t first = i + done, left = group.count - done, tokens = left < kTokens ? left : kTokens;
-        // What the next tokens read.
-        ahead.clear();
-        const int64_t next = first + tokens, last = next + kTokens < chunk.count ? next + kTokens : chunk.count;
-        for (int64_t t = next; t < last; ++t) {
-          ahead.add(x.at(chunk.order[t], position), x.stride[1], count, size);
-          for (int64_t k = 0; k < p && (t == next || chunk.tasks[t] != chunk.tasks[t - 1]); ++k) {
-            ahead.add(coeff.at(chunk.tasks[t], k, position), coeff.stride[2], count, size);
+        widen_coefficients<E>(coeff, chunk.tasks[i], position, count, copies, weights, steps * kStep<E>);
+        shrink_factor<E>(panel, r, p, weights, steps, factor, apart_held);
+        int64_t tokens;
+        for (int64_t first = i; first < i + group.count; first += tokens) {
+          tokens = i + group.count - first < kTokens ? i + group.count - first : kTokens;
+          const Held<E>* rows[kTokens];
+          for (int64_t t = 0; t < tokens; ++t) {
+            rows[t] = held_row<E>(x.at(chunk.order[first + t], position), x.stride[1], count, copies + t * apart_e,
+                                  helds + t * apart_held);
           }
+          shrink_tokens<E, kTokens>(tokens, factor, apart_held, rows, steps, r, sums + first * 4, fours);
         }
-        const Held<E>* rows[kTokens];
-        for (int64_t t = 0; t < tokens; ++t) {
-          rows[t] = held_row<E>(x.at(chunk.order[first + t], position), x.stride[1], count, copies + t * apart_e,
-                                helds + t * apart_held);
-        }
-        if (group.restored) {
-          ahead.spread((r / 4 + r % 4) * steps);
-          shrink_tokens<E, kTokens>(tokens, factor, apart_held, rows, steps, r, sums + first * r, ahead);
-          continue;
-        }
-        Lone<E> lone[kTokens];
-        for (int64_t t = 0; t < tokens; ++t) {
-          const E* const c =
-              coefficients<E>(coeff, chunk.tasks[first + t], position, count, weights + t * p * apart_e, &c_apart);
-          lone[t] = {rows[t], c, c_apart, sums + (first + t) * r};
-        }
-        ahead.spread(r / 4 * tokens * (in_place ? 1 : steps / 8));
-        if (in_place) {
-          shrink_lone<E, true>(panel, r, p, lone, tokens, steps, ahead);
-        } else {
-          shrink_lone<E, false>(panel, r, p, lone, tokens, steps, ahead);
-        }
+        continue;
       }
-      i += group.count;
+      for (int64_t at = 0; at < count; at += kPiece) {
+        const int64_t left = count - at < kPiece ? count - at : kPiece;
+        Lone<E> lone{lone_x, lone_c, sums + i * 4, padded(left, kStep<E>) / kStep<E>};
+        for (int64_t t = 0; t < group.count; ++t) {
+          hold_row<E>(x.at(chunk.order[i + t], position + at), x.stride[1], left, copies, lone.x + t * kPiece);
+          widen_coefficients<E>(coeff, chunk.tasks[i + t], position + at, left, copies, lone.c + t * kPiece, kLone * kPiece);
+        }
+        int64_t j = 0;
+        for (; j + 4 <= r; j += 4, lone.sums += fours) shrink_lone<E, 4>(panel, panel.at(j) + at, p, lone, 0, group.count);
+        for (; j < r; ++j, ++lone.sums) shrink_lone<E, 1>(panel, panel.at(j) + at, p, lone, 0, group.count);
+      }
     }
   }
-  add_lanes<T>(sums, chunk.count * r, u);
+  add_lanes<T>(sums, all, u);
   for (int64_t i = 0; i < chunk.count; ++i) {
-    memcpy(args.u.at(chunk.order[i], begin), u + i * r, r * sizeof(T));
+    T* const to = reinterpret_cast<T*>(args.u.at(chunk.order[i], begin));
+    for (int64_t j = 0; j < r; ++j) to[j] = u[j / 4 * fours + i * 4 + j % 4];
   }
 }
 
@@ -312,7 +270,7 @@ void run_shrink(const TokenPlan& plan, const View& x, const View& basis_a, const
   torch::stable::parallel_for(0, units, work < 32768 ? units : 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t part = unit % parts, from = part * fours / parts * 4, to = (part + 1) * fours / parts * 4;
-      if (from < r) kernel(args, plan.chunk(unit / parts, coeff_a.size[1], coeff_a.dtype), from, std::min(to, r));
+      if (from < r) kernel(args, plan.chunk(unit / parts), from, std::min(to, r));
     }
   });
 }
