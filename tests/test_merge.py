@@ -742,6 +742,7 @@ def test_verify_finds_the_task(tmp_path: Path) -> None:
     assert list(merged.verify([paths[1]]).errors) == ["tweets"]
     assert list(merged.verify([load_adapter(paths[1])]).errors) == ["tweets"]
     assert list(merged.verify([load_adapter(paths[1], "news")]).errors) == ["news"]
+    (tmp_path / "adapters").mkdir()
     with pytest.raises(MergeError, match=r"is called adapters or .*, like no task; the tasks are news, tweets: give names"):
         merged.verify([tmp_path / "adapters"])
     with pytest.raises(MergeError, match="there is no task 'x'"):
