@@ -13,15 +13,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 from safetensors.torch import load_file, save_file
-from test_modules import EQUAL, MIXED, batch, relative, run, tiny_bert, with_peft, write_adapters
+from tiny_models import EQUAL, batch, relative, run, tiny_bert, transformers, with_peft, write_adapters
 from torch import nn
 
 from rmm_kernels import TaskHeads
 from rmm_kernels.merge import MergedAdapters, merge
 from rmm_kernels.modules import BASE, attach
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 STRONG = {"lora_alpha": 40}
 
@@ -121,11 +118,6 @@ def test_other_layers_are_refused_by_name(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the model's own arguments
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> MergedAdapters:
-    return merge(write_adapters(tmp_path_factory.mktemp("mixed"), MIXED), components=1)
 
 
 NAMES = ["narrow", BASE, "wide", "stabilised", BASE]
