@@ -30,7 +30,7 @@ def check_target(target: str | Path) -> Path:
     path = Path(target).resolve()
     if path.is_dir():
         if any(path.iterdir()):
-            raise FileExistsError(f"output directory {target} exists and is not empty")
+            raise FileExistsError(f"output directory {Path(target)} exists and is not empty")
     elif path.exists():
         raise FileExistsError(f"output {target} exists and is not a directory")
     elif not path.parent.is_dir():
@@ -94,6 +94,7 @@ class TensorStream:
             header[key] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+        self._path = path
         self._file = path.open("wb", buffering=0)
         self._bytes(len(text).to_bytes(8, "little") + text)
 
@@ -110,8 +111,9 @@ class TensorStream:
         self._bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def _bytes(self, data: bytes | memoryview) -> None:
-        while len(data):
-            data = data[self._file.write(data) :]
+        with _named(self._path):
+            while len(data):
+                data = data[self._file.write(data) :]
 
     def __enter__(self) -> TensorStream:
         return self
@@ -123,4 +125,14 @@ class TensorStream:
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    path.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+    with _named(path):
+        path.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """The error of a write, for want of space say, names no file by itself; from here it does."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

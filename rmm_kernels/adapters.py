@@ -461,6 +461,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"adapter {directory} has no {CONFIG}") from None
+    except OSError as error:
+        raise AdapterError(f"{path} can't be read: {error.strerror}") from error
     except ValueError as error:
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):

@@ -27,11 +27,16 @@ if TYPE_CHECKING:
 # What a command raises for bad input or a full disk, and nothing else.
 _EXPECTED = (ValueError, OSError)
 
+# What ends a command as Ctrl-C does: `kill`, and a terminal that goes away (not on Windows).
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0; 1 where `verify` found a difference; 2 for an error, told on one line of stderr."""
     options = _parser().parse_args(arguments)
-    previous = signal.signal(signal.SIGTERM, _interrupt)  # so that nothing half written is left behind
+    # So that nothing half written is left behind. A signal that is ignored stays so, as SIGHUP is under nohup.
+    heeded = [number for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, _interrupt) for number in heeded}
     try:
         code: int = options.run(options)
         sys.stdout.flush()
@@ -46,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("rmm-kernels: interrupted", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

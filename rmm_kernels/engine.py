@@ -70,7 +70,7 @@ class Engine:
                 forward is two ops instead of one.
 
         Raises:
-            ValueError: a capacity is exceeded, or parts of a fused layer do not fit.
+            ValueError: a capacity is exceeded, parts of a fused layer do not fit, or `tasks` has one twice or an unknown one.
         """
         found = max(module.rank for module in merged.modules.values())
         mixed = any(min(module.ranks) < module.rank for module in merged.modules.values())
@@ -172,7 +172,7 @@ class Engine:
         before must be captured anew where they differ.
 
         Raises:
-            ValueError: capacity is exceeded, or its modules are not this engine's.
+            ValueError: capacity is exceeded, its modules are not this engine's, or `tasks` has one twice or an unknown one.
             RuntimeError: tasks are in use.
             Buffers are unchanged then.
         """
@@ -193,6 +193,8 @@ class Engine:
         for name in names:
             if name not in merged.tasks:
                 raise ValueError(f"unknown task {name!r}; merged has {', '.join(merged.tasks)}")
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"task {twice[0]!r} is given twice; a task has one slot")
         if len(names) > self.limits.tasks:
             raise ValueError(f"merged has {len(names)} tasks to load; the buffers hold {self.limits.tasks}, as max_tasks says")
         for name, part in self._slices.items():
@@ -203,6 +205,7 @@ class Engine:
                 if index in module.tasks:
                     row = module.tasks.index(index)
                     part.write(slot, self._row(part, module, row))
+        self._base_model = merged.base_model
         self._slots = {name: slot for slot, name in enumerate(names)}
         self._free = list(range(len(names), self.limits.tasks))
         self.errors = {name: merged.task_error(name) for name in names}
@@ -225,8 +228,9 @@ class Engine:
             The slot: the task's id.
 
         Raises:
-            ValueError: the name is taken, every slot is; the adapter has a module that the basis lacks, other widths, a rank
-                beyond the basis, or more than factors (DoRA). Buffers are unchanged then.
+            ValueError: the name is taken, every slot is; the adapter is for another base model, has a module that the basis
+                lacks, other widths, a rank beyond the basis, NaN or Inf, or more than factors (DoRA). Buffers are unchanged
+                then.
         """
         opened = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, name)
         with self._lock:
@@ -308,6 +312,8 @@ class Engine:
         """A row for every slice, and the error."""
         if adapter.beyond_factors:
             raise ValueError(f"adapter {adapter.name!r} has {', '.join(adapter.beyond_factors)}, which the forward lacks")
+        if None not in (adapter.base_model, self._base_model) and adapter.base_model != self._base_model:
+            raise ValueError(f"adapter {adapter.name!r} is for {adapter.base_model!r}, the basis for {self._base_model!r}")
         for name in adapter.modules:
             if name not in self._slices:
                 raise ValueError(f"adapter {adapter.name!r} has module {name}, which the basis lacks")
@@ -366,11 +372,10 @@ class Engine:
         return torch.tensor(slots, dtype=dtype, device=self.limits.device)
 
     def check(self, task_ids: Tensor) -> None:
-        """Look at ids that did not come from `ids`, once for a batch.
+        """Look at ids that did not come from `ids`, once for a batch: one that is out of range or a free slot's sets `bad_ids`.
 
         Raises:
-            ValueError: an id is out of range or a free slot's (CPU). On a GPU there is no host sync: such a row is a
-                no-op, and sets `bad_ids`.
+            ValueError: there is one (CPU). On a GPU, where looking would be a host sync, its row is a no-op.
         """
         taken = torch.zeros(self.limits.tasks, dtype=torch.bool)
         taken[list(self._slots.values())] = True
@@ -378,13 +383,11 @@ class Engine:
         known = (task_ids >= -1) & (task_ids < n)
         free = ~taken.to(task_ids.device, non_blocking=True)[task_ids.clamp(0, n - 1).long()] & (task_ids >= 0)
         bad = ~known | free
-        if task_ids.device.type == "cpu":
-            if bool(bad.any()):
-                worst = int(task_ids[bad][0])
-                what = "the id of a free slot" if 0 <= worst < n else f"out of range; allowed are -1 to {n - 1}"
-                raise ValueError(f"task_ids holds {worst}, {what}")
-            return
         self.bad_ids.logical_or_(bad.any())
+        if task_ids.device.type == "cpu" and bool(bad.any()):
+            worst = int(task_ids[bad][0])
+            what = "the id of a free slot" if 0 <= worst < n else f"out of range; allowed are -1 to {n - 1}"
+            raise ValueError(f"task_ids holds {worst}, {what}")
 
     # ---- memory and warm-up
 

@@ -72,7 +72,7 @@ class MergedAdapters(storage.Stored):
         """The factors of one task by module, at their true ranks, in the dtype of the merge.
 
         Raises:
-            MergeError: there is no such task.
+            MergeError: there is no such task, or a module of it comes out with NaN or Inf: no merge writes such a directory.
         """
         index = self._index(task)
         parts = self.parts[task]
@@ -82,9 +82,14 @@ class MergedAdapters(storage.Stored):
                 continue
             row = module.tasks.index(index)
             chosen, rank = torch.tensor([row]), module.ranks[row]
+            lora_a = reconstruct(module.basis_a.mT, module.coeff_a, chosen)[0].mT[:rank]
+            lora_b = reconstruct(module.basis_b, module.coeff_b, chosen)[0, :, :rank]
+            for side, factor in (("A", lora_a), ("B", lora_b)):
+                if not bool(factor.isfinite().all()):
+                    raise MergeError(f"task {task!r}: module {name!r} is restored with NaN or Inf in lora_{side}")
             factors[name] = LoraFactors(
-                reconstruct(module.basis_a.mT, module.coeff_a, chosen)[0].mT[:rank],
-                reconstruct(module.basis_b, module.coeff_b, chosen)[0, :, :rank],
+                lora_a,
+                lora_b,
                 lora_scaling(parts.config, name),
                 parts.extras.get(magnitude_key(name)),
             )
@@ -94,7 +99,7 @@ class MergedAdapters(storage.Stored):
         """Write one task as a directory that `peft.PeftModel.from_pretrained` loads, with all it carried.
 
         Raises:
-            MergeError: there is no such task.
+            MergeError: as `restore`.
             OSError: the directory exists and is not empty, or can't be written.
         """
         factors, parts = self.restore(task), self.parts[task]
@@ -186,6 +191,8 @@ class MergedAdapters(storage.Stored):
         for name in candidates:
             if name in self.tasks:
                 return name
+        if not path.exists():
+            raise AdapterError(f"adapter {adapter} does not exist")
         raise MergeError(
             f"adapter {adapter} is called {' or '.join(candidates)}, like no task; the tasks are "
             f"{', '.join(self.tasks)}: give names"

@@ -186,8 +186,10 @@ class Layer:
         if y.ndim != 2 or y.shape[1] != self.width:
             parts = " + ".join(f"{part.module} {part.columns.stop - part.columns.start}" for part in self.slices)
             raise ValueError(f"y has shape {list(y.shape)}; layer {self.name} has [T, {self.width}], with {parts} adapted")
-        if isinstance(scale, Tensor) and scale.shape != task_ids.shape:
-            raise ValueError(f"scale has shape {list(scale.shape)}; it must be [{len(task_ids)}], one for each token")
+        if isinstance(scale, Tensor):
+            if scale.shape != task_ids.shape:
+                raise ValueError(f"scale has shape {list(scale.shape)}; it must be [{len(task_ids)}], one for each token")
+            _checks.accumulated("scale", scale, "y", y)
         for part in self.slices:
             part.forward_(y[:, part.columns], x, task_ids, scale)
         return y

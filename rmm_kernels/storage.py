@@ -231,6 +231,8 @@ def read(directory: str | Path) -> Stored:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise MergeError(f"{root} is not a merged directory: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise MergeError(f"{path} can't be read: {error.strerror}") from error
     except ValueError as error:
         raise MergeError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

@@ -1,18 +1,21 @@
-"""Adapters for tests: the real ones, their cut in tests/data, and synthetic ones with whatever a test needs."""
+"""Adapters for tests: the real ones, their cut in tests/data, synthetic ones of any kind; and a small model that has some."""
 
 from __future__ import annotations
 
 import json
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from rmm_kernels import Adapter, MergedAdapters, attach, load_adapter, merge
+from rmm_kernels.modules import Attachment
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # for `benchmarks`; at the end, for its rmm_kernels is the sources, without what was compiled
@@ -94,6 +97,72 @@ def write_adapter(
     for name, content in (files or {}).items():
         (path / name).write_bytes(content)
     return path
+
+
+def various(make_adapter: MakeAdapter) -> list[Adapter]:
+    """Adapters of different ranks, scalings and modules."""
+    few = {name: SHAPES[name] for name in ("layers.0.q", "layers.1.q")}
+    return [
+        load_adapter(path)
+        for path in (
+            make_adapter("plain"),
+            make_adapter("wide", rank=6, config={"use_rslora": True}),
+            make_adapter("few", shapes=few, config={"alpha_pattern": {"1.q": 3}}),
+            make_adapter("mixed", rank=3, ranks={"layers.0.up": 1, "layers.1.q": 5}),
+        )
+    ]
+
+
+def carrying(make_adapter: MakeAdapter) -> list[Path]:
+    """Adapters with everything that is carried unchanged."""
+    extras = {
+        "base_model.model.head.weight": torch.randn(3, 5).to(torch.float8_e4m3fn),
+        "base_model.model.step": torch.tensor(7),
+        "base_model.model.layers.0.q.lora_magnitude_vector": torch.randn(24),
+    }
+    return [
+        make_adapter("a", tensors=extras, files={"head.safetensors": b"\0\1\2", "README.md": b"a card"}),
+        make_adapter("b", files={"head.safetensors": b"another"}),
+        make_adapter("c", tensors={"base_model.model.head.weight": torch.randn(2, 5)}),
+    ]
+
+
+def update(adapter: Adapter, module: str) -> Tensor:
+    """ΔW in fp64."""
+    factors = adapter.factors(module)
+    return factors.scaling * factors.lora_b.double() @ factors.lora_a.double()
+
+
+# Adapters of tiny_models.py, which skips where transformers or peft are missing; hence imported where it is wanted.
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory: pytest.TempPathFactory) -> MergedAdapters:
+    """Adapters of one rank that all have every module."""
+    from tiny_models import EQUAL, write_adapters
+
+    return merge(write_adapters(tmp_path_factory.mktemp("equal"), EQUAL), components=1)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> MergedAdapters:
+    """Adapters that differ in rank, scaling, and in which modules they have."""
+    from tiny_models import MIXED, write_adapters
+
+    return merge(write_adapters(tmp_path_factory.mktemp("mixed"), MIXED), components=1)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    from tiny_models import tiny_bert
+
+    return tiny_bert()
+
+
+@pytest.fixture
+def attachment(model: nn.Module, mixed: MergedAdapters) -> Iterator[Attachment]:
+    with attach(model, mixed) as attachment:
+        yield attachment
 
 
 def contents(directory: Path) -> dict[str, bytes]:

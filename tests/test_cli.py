@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import MakeAdapter, contents, write_adapter
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rmm_kernels import MergedAdapters, backends, cli, load_adapter
 
@@ -197,9 +201,95 @@ def test_errors_are_one_line(
     fails(run("restore", merged, "newsgroups", "-o", merged), "exists and is not empty")
     fails(run("restore", tmp_path, "newsgroups", "-o", out), "is not a merged directory")
     fails(run("inspect", tmp_path), "is not a merged directory")
+    fails(run("merge", one, "-o", ""), "output directory . exists and is not empty")
     fails(run("verify", merged, tmp_path), "like no task")
+    fails(run("verify", merged, tmp_path / "newsgroups"), f"adapter {tmp_path / 'newsgroups'} does not exist")
     fails(run("verify", merged, one, "--names", "x"), "there is no task 'x'")
     assert contents(tmp_path) == before and not out.exists()
+
+
+def rewritten(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], None]:
+    """Changes an adapter's tensors."""
+
+    def spoil(path: Path) -> None:
+        state = load_file(path / "adapter_model.safetensors")
+        save_file(change({key: value.clone() for key, value in state.items()}), path / "adapter_model.safetensors")
+
+    return spoil
+
+
+def configured(**entries: Any) -> Callable[[Path], None]:
+    def spoil(path: Path) -> None:
+        config = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps({**config, **entries}))
+
+    return spoil
+
+
+def directory_instead(name: str) -> Callable[[Path], None]:
+    def spoil(path: Path) -> None:
+        (path / name).unlink()
+        (path / name).mkdir()
+
+    return spoil
+
+
+QUERY = "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"
+SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no directory": (shutil.rmtree, "code_language does not exist"),
+    "no config": (lambda path: (path / "adapter_config.json").unlink(), "code_language has no adapter_config.json"),
+    "no weights": (lambda path: (path / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+    "config that is none": (directory_instead("adapter_config.json"), "adapter_config.json can't be read: Is a directory"),
+    "broken config": (lambda path: (path / "adapter_config.json").write_text("{"), "adapter_config.json is not valid JSON"),
+    "cut weights": (
+        lambda path: os.truncate(path / "adapter_model.safetensors", 20000),
+        "code_language/adapter_model.safetensors can't be read",
+    ),
+    "other base model": (configured(base_model_name_or_path="other"), "are for different base models: 'sentence-transformers/"),
+    "rank 0": (configured(r=0), "gives module 'encoder.layer.0.attention.self.query' rank 0; it must be an integer of at le"),
+    "other shape": (
+        rewritten(lambda state: {**state, QUERY: state[QUERY][:, 1:].contiguous()}),
+        "disagree about the shape [out, in] of module 'encoder.layer.0.attention.self.query': [384, 384] and [384, 383]",
+    ),
+    "other dtype": (
+        rewritten(lambda state: {key: value.half() for key, value in state.items()}),
+        "adapter 'code_language' float16 in 'encoder.layer.0.attention.self.query'; give dtype",
+    ),
+    "integers": (
+        rewritten(lambda state: {key: value.to(torch.int8) for key, value in state.items()}),
+        "code_language: module 'encoder.layer.0.attention.self.query' has lora_A in I8",
+    ),
+    "NaN": (
+        rewritten(lambda state: {**state, QUERY: torch.where(state[QUERY] == state[QUERY].max(), torch.nan, state[QUERY])}),
+        "task 'code_language': module 'encoder.layer.0.attention.self.query' holds NaN or Inf in lora_A",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_merge_of_a_spoilt_adapter(run: Any, cut_adapters: list[Path], tmp_path: Path, case: str) -> None:
+    """One line that names what is wrong; inputs as they were, and nothing beside them."""
+    paths = [shutil.copytree(path, tmp_path / path.name) for path in cut_adapters[:3]]
+    spoil, message = SPOILT[case]
+    spoil(next(path for path in paths if path.name == "code_language"))
+    before = contents(tmp_path)
+    fails(run("merge", *paths, "-o", tmp_path / "out", "-p", 1), message)
+    assert contents(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_spoilt_merges(run: Any, merged: Path, cut_adapters: list[Path], tmp_path: Path) -> None:
+    """Values of a kind that no merge writes, and a manifest that can't be read."""
+    state = {key: value.clone() for key, value in load_file(merged / "factors.safetensors").items()}
+    state["encoder.layer.0.attention.self.query.coeff_b"][2, 1, 7] = torch.nan
+    save_file(state, merged / "factors.safetensors")
+    broken = MergedAdapters.load(merged).tasks[2]
+    message = f"task '{broken}': module 'encoder.layer.0.attention.self.query' is restored with NaN or Inf in lora_B"
+    before = contents(tmp_path)
+    fails(run("restore", merged, broken, "-o", tmp_path / "out"), message)
+    assert contents(tmp_path) == before and not (tmp_path / "out").exists()
+    assert run("verify", merged, *cut_adapters).code == 1
+    directory_instead("manifest.json")(merged)
+    fails(run("inspect", merged), "manifest.json can't be read: Is a directory")
 
 
 def test_existing_target_is_refused_before_the_work(
@@ -221,13 +311,45 @@ def test_full_disk(run: Any, make_adapter: MakeAdapter, tmp_path: Path, monkeypa
     assert contents(tmp_path) == before and [entry.name for entry in tmp_path.iterdir()] == ["adapters"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.skipif(sys.platform != "linux", reason="uses RLIMIT_FSIZE")
+@pytest.mark.parametrize("limit", [1000, 100_000, 1_000_000])
+def test_disk_that_fills_up(merged: Path, cut_adapters: list[Path], tmp_path: Path, limit: int) -> None:
+    """A write that the system itself cuts short: the error names the file."""
+    script = (
+        "import resource, sys; from rmm_kernels import cli; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(cli.main(sys.argv[1:]))"
+    )
+    before = contents(tmp_path)
+    commands: list[list[Any]] = [["merge", *cut_adapters]]
+    if limit < 100_000:  # a restored adapter is small
+        commands.append(["restore", merged, "newsgroups"])
+    for command in commands:
+        arguments = [sys.executable, "-c", script, *command, "-o", tmp_path / "out"]
+        done = subprocess.run(arguments, cwd="/", capture_output=True, text=True, check=False)
+        fails(Result(done.returncode, done.stdout, done.stderr), os.strerror(errno.EFBIG))
+        assert f"{tmp_path}/.out." in done.stderr
+    assert contents(tmp_path) == before and [entry.name for entry in tmp_path.iterdir()] == ["merged"]
+
+
+def test_nohup_is_heeded(run: Any, merged: Path) -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    seen = []
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cli, "_show", lambda *arguments: seen.append(signal.getsignal(signal.SIGHUP)))
+            assert run("inspect", merged).code == 0
+        assert seen == [signal.SIG_IGN] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("where", ["rmm_kernels.delta.squares", "rmm_kernels.storage.write_json"])
 def test_interrupts_leave_nothing(
     run: Any, make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
 ) -> None:
     path = make_adapter("one")
-    before, handler = contents(tmp_path), signal.getsignal(signal.SIGTERM)
+    before, handlers = contents(tmp_path), [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
     monkeypatch.setattr(where, lambda *arguments, **options: os.kill(os.getpid(), number))
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have it ignored
     try:
@@ -236,7 +358,7 @@ def test_interrupts_leave_nothing(
         signal.signal(signal.SIGINT, inherited)
     assert (result.code, result.out, result.err) == (130, "", "rmm-kernels: interrupted\n")
     assert contents(tmp_path) == before and [entry.name for entry in tmp_path.iterdir()] == ["adapters"]
-    assert signal.getsignal(signal.SIGTERM) == handler
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)] == handlers
 
 
 # ---------------------------------------------------------------- as a process

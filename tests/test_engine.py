@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import MakeAdapter
+from conftest import MakeAdapter, Shapes
 from ops import assert_same_bits
 from torch import Tensor
 
@@ -228,8 +228,13 @@ def refused(engine: Engine, call: Callable[[], Any], error: type[Exception], mes
         assert_same_bits(new, old)
 
 
+def merge_of(make_adapter: MakeAdapter, prefix: str, shapes: Shapes, components: int = 1, **options: Any) -> MergedAdapters:
+    return merge([make_adapter(f"{prefix}{i}", shapes=shapes, **options) for i in range(components + 1)], components)
+
+
 def test_refusals(engine: Engine, make_adapter: MakeAdapter, merged: MergedAdapters) -> None:
     adapter = make_adapter("adapter", shapes=SHAPES)
+    not_finite = {"base_model.model.layers.0.mlp.up_proj.lora_B.weight": torch.full((72, 4), torch.inf)}
     wide = {**SHAPES, "layers.0.attn.o_proj": (40, 50)}
     for call, error, message in (
         (lambda: engine.add("red", adapter), ValueError, "there is a task 'red' already, in slot 0"),
@@ -248,7 +253,31 @@ def test_refusals(engine: Engine, make_adapter: MakeAdapter, merged: MergedAdapt
             ValueError,
             "DoRA.*, which the forward lacks",
         ),
+        (
+            lambda: engine.add("new", make_adapter("infinite", shapes=SHAPES, tensors=not_finite)),
+            ValueError,
+            "adapter 'new': module layers.0.mlp.up_proj holds NaN or Inf",
+        ),
+        (
+            lambda: engine.replace("red", make_adapter("foreign", shapes=SHAPES, config={"base_model_name_or_path": "other"})),
+            ValueError,
+            "adapter 'red' is for 'other', the basis for 'base'",
+        ),
+        (lambda: engine.add("new", make_adapter("gone") / "away"), ValueError, "away does not exist"),
         (lambda: engine.load(merged, ["teal"]), ValueError, "unknown task 'teal'; merged has red"),
+        (lambda: engine.load(merged, ["red", "blue", "red"]), ValueError, "task 'red' is given twice; a task has one slot"),
+        (
+            lambda: engine.load(merge_of(make_adapter, "many", SHAPES, 3)),
+            ValueError,
+            "has components 3; the buffers hold 2, as max_components says",
+        ),
+        (lambda: engine.load(merge_of(make_adapter, "high", SHAPES, rank=5)), ValueError, "has rank 5; the buffers hold 4"),
+        (lambda: engine.load(merge_of(make_adapter, "broad", wide)), ValueError, r"o_proj is \[40, 50\] in merged, not the"),
+        (
+            lambda: engine.load(merge_of(make_adapter, "few", {"layers.0.attn.q_proj": (48, 40)})),
+            ValueError,
+            "module layers.0.attn.o_proj is on one side alone",
+        ),
         (lambda: engine.to_vllm(["red"], max_rank=3), ValueError, "max_rank is 3; module .* has rank 4"),
     ):
         refused(engine, call, error, message)
@@ -275,6 +304,22 @@ def test_bad_calls_of_a_layer(engine: Engine) -> None:
     y, x = inputs(layer, 3)
     before = y.clone()
     ids = torch.tensor([0, 1, 2])
+    for wrong, error, message in (
+        ((y, x[:, :39], ids), ValueError, "basis_a has shape .*; axis 2 must be 39, as x says"),
+        ((y, x[:2], ids), ValueError, r"task_ids has shape \[3\]; axis 0 must be 2, as x says"),
+        ((y, x[:2], ids[:2]), ValueError, r"axis 0 must be 3, as y says"),
+        ((y, x, ids[None]), ValueError, r"task_ids must be \[T\], got shape \[1, 3\]"),
+        ((y, x.half(), ids), TypeError, "basis_a is float32, x float16; they must be of the same dtype"),
+        ((y.double(), x, ids), TypeError, "basis_b is float32, y float64; they must be of the same dtype"),
+        ((y, x, ids.float()), TypeError, "task_ids must be one of int32, int64, got float32"),
+        ((y, x, ids.to("meta")), ValueError, "task_ids is on meta, x on cpu; they must be on the same device"),
+        ((y, x.to("meta"), ids), ValueError, "basis_a is on cpu, x on meta; they must be on the same device"),
+        ((y, x, ids, torch.ones(3, device="meta")), ValueError, "scale is on meta, y on cpu; they must be on the same device"),
+        ((y, x, ids, torch.ones(3).half()), TypeError, "scale must be float32 where y is float32, got float16"),
+    ):
+        with pytest.raises(error, match=message):
+            layer.forward_(*wrong)
+        assert_same_bits(y, before)
     with pytest.raises(
         ValueError, match=r"y has shape \[3, 64\]; layer layers.0.attn.qkv_proj has \[T, 80\], with .*q_proj 48"
     ):
@@ -285,17 +330,29 @@ def test_bad_calls_of_a_layer(engine: Engine) -> None:
         layer.forward_(y, x, torch.tensor([0, 6, 1]))
     assert_same_bits(y, before)
     engine.check(torch.tensor([-1, 0, 3]))
-    with pytest.raises(ValueError, match="task_ids holds 6, out of range; allowed are -1 to 5"):
-        engine.check(torch.tensor([0, 6]))
-    with pytest.raises(ValueError, match="task_ids holds 5, the id of a free slot"):
-        engine.check(torch.tensor([0, 5]))
     assert not engine.bad_ids
+    for bad, what in ((6, "out of range; allowed are -1 to 5"), (-2, "out of range; allowed"), (5, "the id of a free slot")):
+        with pytest.raises(ValueError, match=f"task_ids holds {bad}, {what}"):
+            engine.check(torch.tensor([0, bad]))
+        assert engine.bad_ids
+        engine.bad_ids.zero_()
+
+
+def test_check_does_not_wait_for_a_device(engine: Engine) -> None:
+    """On meta tensors, of which whatever reads a value raises."""
+    ids = torch.empty(3, dtype=torch.int32, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        ids.tolist()
+    engine.bad_ids = engine.bad_ids.to("meta")
+    engine.check(ids)
 
 
 def test_bad_constructions(merged: MergedAdapters) -> None:
     for options, message in (
         ({"max_tasks": 3}, "merged has 4 tasks to load; the buffers hold 3"),
         ({"max_tasks": 0}, "max_tasks is 0; allowed are 1"),
+        ({"max_tasks": 4, "tasks": ["red", "red"]}, "task 'red' is given twice"),
+        ({"max_tasks": 4, "tasks": ["teal"]}, "unknown task 'teal'; merged has red"),
         ({"max_tasks": 4, "max_rank": 3}, "has rank 4; the buffers hold 3, as max_rank says"),
         ({"max_tasks": 4, "max_components": 1}, "has components 2; the buffers hold 1, as max_components says"),
         ({"max_tasks": 4, "fused": {"qkv": {"q_proj": 40, "v_proj": 16}}}, "q_proj is 40 wide in `fused`, but .* 48 outputs"),

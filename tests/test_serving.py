@@ -13,15 +13,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 from safetensors.torch import load_file, save_file
-from test_modules import EQUAL, MIXED, batch, relative, run, tiny_bert, with_peft, write_adapters
+from tiny_models import EQUAL, batch, relative, run, tiny_bert, transformers, with_peft, write_adapters
 from torch import nn
 
 from rmm_kernels import TaskHeads
 from rmm_kernels.merge import MergedAdapters, merge
 from rmm_kernels.modules import BASE, attach
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 STRONG = {"lora_alpha": 40}
 
@@ -121,11 +118,6 @@ def test_other_layers_are_refused_by_name(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the model's own arguments
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> MergedAdapters:
-    return merge(write_adapters(tmp_path_factory.mktemp("mixed"), MIXED), components=1)
 
 
 NAMES = ["narrow", BASE, "wide", "stabilised", BASE]
@@ -243,11 +235,12 @@ def classifier(labels: int = 3) -> nn.Module:
     return transformers.BertForSequenceClassification(config).eval()
 
 
-def test_heads_in_the_attached_model(tmp_path: Path) -> None:
-    """A merged directory where PEFT's adapters were: one forward gives every row its own task's logits, as PEFT's does."""
-    config = {"r": 4, "target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
-    headless = {"r": 4, "target_modules": ["query", "value"]}
-    paths = write_adapters(tmp_path, {"one": config, "two": {**config, "lora_alpha": 20}}, classifier)
+WITH_HEAD = {"r": 4, "target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+
+
+def adapters_with_heads(directory: Path) -> list[Path]:
+    """Adapters "one" and "two" of `classifier`, each with a head of its own."""
+    paths = write_adapters(directory, {"one": WITH_HEAD, "two": {**WITH_HEAD, "lora_alpha": 20}}, classifier)
     for seed, path in enumerate(paths):  # trained, as it were
         tensors = load_file(path / "adapter_model.safetensors")
         generator = torch.Generator().manual_seed(seed)
@@ -255,6 +248,12 @@ def test_heads_in_the_attached_model(tmp_path: Path) -> None:
             if "classifier" in key:
                 tensors[key] = torch.randn(tensors[key].shape, generator=generator)
         save_file(tensors, path / "adapter_model.safetensors")
+    return paths
+
+
+def test_heads_in_the_attached_model(tmp_path: Path) -> None:
+    """A merged directory where PEFT's adapters were: one forward gives every row its own task's logits, as PEFT's does."""
+    paths = adapters_with_heads(tmp_path)
     merge(paths, components=1).save(tmp_path / "merged")
     merged = MergedAdapters.load(tmp_path / "merged")
     names = ["two", BASE, "one", "two", "one"]
@@ -275,8 +274,8 @@ def test_heads_in_the_attached_model(tmp_path: Path) -> None:
     assert model.classifier is own
 
     # Another number of classes, a task without a head, a model without one, and a head that can't be this model's.
-    more = write_adapters(tmp_path / "more", {"five": config}, lambda: classifier(5))
-    bare = write_adapters(tmp_path / "bare", {"none": headless}, classifier)
+    more = write_adapters(tmp_path / "more", {"five": WITH_HEAD}, lambda: classifier(5))
+    bare = write_adapters(tmp_path / "bare", {"none": {**WITH_HEAD, "modules_to_save": None}}, classifier)
     mixed = merge([*paths, *more, *bare], components=1)
     with attach(model, mixed), torch.no_grad():
         wide = model(**batch(), adapter_names=["two", BASE, "five", "none", "one"]).logits
@@ -289,6 +288,24 @@ def test_heads_in_the_attached_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"module classifier: a head is \[3, 25\]; base_layer takes 24 features"):
         attach(model, broken)
     assert model.classifier is own and "forward" not in vars(model)
+
+
+def test_heads_follow_their_model(tmp_path: Path) -> None:
+    """To another dtype and back, and through state_dict, which holds the model's own head alone; of packed samples a head
+    wants a task for each of its rows."""
+    names = ["two", BASE, "one", "two", "one"]
+    model = classifier()
+    with attach(model, merge(adapters_with_heads(tmp_path), components=1)), torch.no_grad():
+        expected = model(**batch(), adapter_names=names).logits
+        model.to(torch.bfloat16)
+        low = model(**batch(), adapter_names=names).logits
+        assert low.dtype == torch.bfloat16 and 0 < relative(low, expected) < 0.05
+        state = model.state_dict()
+        assert {key for key in state if "classifier" in key} == {"classifier.base_layer.weight", "classifier.base_layer.bias"}
+        model.load_state_dict(state)
+        per_token = torch.zeros(5, 7, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"task ids of shape \[5, 7\] do not fit an input of shape \[5, 'in'\]"):
+            model(**batch(), task_ids=per_token)
 
 
 # ---------------------------------------------------------------- compile and export
@@ -322,3 +339,21 @@ def test_export(mixed: MergedAdapters) -> None:
             with attachment.tasks(tasks), torch.no_grad():
                 expected = model(**inputs).last_hidden_state
                 assert (exported(**inputs).last_hidden_state - expected).abs().max() <= 1e-6
+
+
+def test_export_with_heads(tmp_path: Path) -> None:
+    """The exported program takes every row through the head of the task that is set when it runs, its own where that has none;
+    also when it was saved and read."""
+    model, inputs = classifier(), batch()
+    with attach(model, merge(adapters_with_heads(tmp_path), components=1)) as attachment, torch.no_grad():
+        with attachment.tasks(["one", "two", None, "one", "two"]):
+            program = torch.export.export(model, (), inputs, strict=False)
+        torch.export.save(program, tmp_path / "program.pt2")
+        outputs = []
+        for exported in (program.module(), torch.export.load(tmp_path / "program.pt2").module()):
+            for tasks in (["two", None, "one", "two", "two"], "one", None):
+                with attachment.tasks(tasks):
+                    expected = model(**inputs).logits
+                    outputs.append(exported(**inputs)["logits"])
+                torch.testing.assert_close(outputs[-1], expected, rtol=0, atol=1e-6)
+    assert len({tuple(logits.flatten().tolist()) for logits in outputs}) == 3
