@@ -90,8 +90,9 @@ TABLE: tuple[Row, ...] = (
     Row("shrink", 4, Config(16, 32, 64, num_stages=4), tokens=16),
     Row("shrink", 4, Config(32, 32, 64, num_stages=2), tokens=64, p=0),
     Row("shrink", 4, Config(32, 32, 64), tokens=64),
-    Row("shrink", 4, Config(64, 32, 16, num_stages=2, adaptive=True), r=16),
-    Row("shrink", 4, Config(32, 32, 64, num_stages=2, adaptive=True)),
+    Row("shrink", 4, Config(64, 32, 16, num_stages=2, adaptive=True), r=16, p=8),
+    Row("shrink", 4, Config(32, 32, 64, num_stages=2, adaptive=True), p=8),
+    Row("shrink", 4, Config(32, 32, 64, num_stages=2)),
     Row("expand", 2, Config(16, 64, 128, num_stages=4), tokens=16),
     Row("expand", 2, Config(32, 64, 128, num_stages=4), tokens=32),
     Row("expand", 2, Config(64, 32, 64), tokens=64),
@@ -102,8 +103,10 @@ TABLE: tuple[Row, ...] = (
     Row("expand", 2, Config(64, 32, 64, num_warps=8)),
     Row("expand", 4, Config(16, 32, 64), tokens=16),
     Row("expand", 4, Config(64, 16, 64), tokens=64),
-    Row("expand", 4, Config(64, 32, 32, num_stages=2, adaptive=True), r=32),
-    Row("expand", 4, Config(64, 16, 64, num_stages=2, adaptive=True)),
+    Row("expand", 4, Config(64, 32, 32, num_stages=2, adaptive=True), r=32, p=8),
+    Row("expand", 4, Config(64, 16, 64, num_stages=2, adaptive=True), r=64, p=8),
+    Row("expand", 4, Config(64, 16, 64, num_stages=2), arch="gfx942"),
+    Row("expand", 4, Config(64, 16, 64, num_warps=8, num_stages=2)),
 )
 
 # Shared memory a program may have, in bytes, by arch; of what is not listed, the least.
