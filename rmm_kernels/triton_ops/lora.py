@@ -92,7 +92,7 @@ TABLE: tuple[Row, ...] = (
     Row("shrink", 4, Config(32, 32, 64), tokens=64),
     Row("shrink", 4, Config(64, 32, 16, num_stages=2, adaptive=True), r=16, p=8),
     Row("shrink", 4, Config(32, 32, 64, num_stages=2, adaptive=True), p=8),
-    Row("shrink", 4, Config(32, 32, 64, num_stages=2)),
+    Row("shrink", 4, Config(32, 32, 64)),
     Row("expand", 2, Config(16, 64, 128, num_stages=4), tokens=16),
     Row("expand", 2, Config(32, 64, 128, num_stages=4), tokens=32),
     Row("expand", 2, Config(64, 32, 64), tokens=64),
