@@ -1,8 +1,9 @@
-"""Triton's overloads themselves, in the interpreter: opcheck, gradients on Triton's kernels alone, and bf16."""
+"""Triton's overloads themselves, in the interpreter: opcheck, gradients on Triton's kernels alone, bf16, long sums."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import lora_inputs
@@ -18,8 +19,9 @@ from rmm_kernels import reference
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from triton_runs import interpret
+from triton_runs import Simulator, interpret, running
 
+from rmm_kernels.triton_ops import lora, lora_shrink
 from rmm_kernels.triton_ops._launch import Launch
 
 SHAPE = Shape(3, 20, 18, 4, 3, 2)
@@ -137,3 +139,14 @@ def test_bf16(op: str) -> None:
             expected = reference.reconstruct(expected[0], expected[1], every)
         error = (got.float() - expected).norm() / expected.norm()
         assert error <= (2**-8 if op in ("compress", "lora_forward") else 0.6 * 2**-8), error
+
+
+def test_long_fp32_sums_are_not_the_tensor_cores() -> None:
+    """Tensor cores cut every partial sum off, and errors of one sign add up: sums across tiles must be fp32's own."""
+    width = 16384
+    x, basis = randn(16, width, seed=8).abs(), randn(1, 16, width, seed=9).abs()
+    config = replace(lora.configure("shrink", "sm_80", 16, 0, 16, width, 4), programs=1)
+    with running(Simulator(seeds=(1,))):
+        u = lora_shrink.lora_shrink(x, basis, torch.empty(1, 0, width), torch.zeros(16, dtype=torch.int64), config)
+    exact = x.double() @ basis[0].double().mT
+    lora_inputs.assert_accumulated("u", u, exact, exact, width)

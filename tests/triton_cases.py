@@ -108,8 +108,8 @@ _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
 CASES: list[Case] = [
     _compress(8, 16, 4, _F32, "rank", 128),
     _compress(8, 16, 4, _BF16, "position", 128),
-    _compress(8, 16, 4, _F32, "position", 128, targets=("sm_80",)),
-    _compress(8, 16, 4, _BF16, "rank", 128, targets=("sm_80",)),
+    _compress(8, 16, 4, _F32, "position", 128),
+    _compress(8, 16, 4, _BF16, "rank", 128),
     _compress(8, 64, 4, _F32, "rank", 64),
     _compress(20, 16, 4, _F32, "rank", 64),
     _compress(34, 64, 6, _F32, "rank", 8, simulated=False),

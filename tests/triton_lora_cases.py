@@ -26,8 +26,8 @@ def _case(
     return Case(
         name=f"lora_forward_ T={tokens} d={width} r={r} p={p} tasks={tasks} {str(dtype)[6:]}",
         call=call,
-        dot=dtype != torch.float32,
-        wgmma=dtype != torch.float32 and tokens > 64,
+        dot=True,
+        wgmma=tokens > 64,
         asynchronous=True,
         bytes=sum(work.requested for work in gpu_model.kernels(batch, "sm_80").values()) if simulated else None,
     )
@@ -40,4 +40,9 @@ CASES = [
     _case(128, 512, 64, 4, 1),
     _case(2048, 512, 16, 4, 16, simulated=False),
     _case(2048, 512, 256, 16, 16, simulated=False),
+    _case(16, 512, 16, 4, 16, torch.float32),
+    _case(64, 512, 64, 8, 64, torch.float32),
+    _case(128, 512, 16, 4, 16, torch.float32),
+    _case(128, 512, 64, 4, 1, torch.float32),
+    _case(2048, 512, 256, 16, 16, torch.float32, simulated=False),
 ]

@@ -13,6 +13,9 @@ import triton.language as tl
 
 from ._jacobi import DEFICIENT, EPSILON, MAX_SWEEPS, TINY, find_turn, inverse_root, needs_turn
 
+# Times that a side of a tile may be halved. Triton 3.4 takes no function that calls itself.
+HALVINGS = tl.constexpr(8)
+
 
 @triton.jit
 def halves(tile, L: tl.constexpr, B: tl.constexpr):
@@ -29,11 +32,17 @@ def stacked(upper, lower, L: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def columns_of(tile, C: tl.constexpr, L: tl.constexpr, B: tl.constexpr):
     """The columns [L, B] of a tile [C, L, B]: a tuple of C."""
-    if C == 1:
-        return (tl.reshape(tile, [L, B]),)
-    else:
-        left, right = tl.split(tl.permute(tl.reshape(tile, [2, C // 2, L, B]), [1, 2, 3, 0]))
-        return columns_of(left, C // 2, L, B) + columns_of(right, C // 2, L, B)
+    parts = (tile,)
+    for level in tl.static_range(HALVINGS):
+        if C // 2**level > 1:
+            halved = ()
+            for i in tl.static_range(2**level):
+                halved = halved + tl.split(tl.permute(tl.reshape(parts[i], [2, C // 2**level // 2, L, B]), [1, 2, 3, 0]))
+            parts = halved
+    columns = ()
+    for i in tl.static_range(C):
+        columns = columns + (tl.reshape(parts[i], [L, B]),)
+    return columns
 
 
 @triton.jit
@@ -53,20 +62,19 @@ def in_lanes(tile, C: tl.constexpr, L: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def head(tile, L: tl.constexpr, C: tl.constexpr, B: tl.constexpr):
     """The first C rows of a tile [L, B]."""
-    if L == C:
-        return tile
-    else:
-        upper, _lower = halves(tile, L, B)
-        return head(upper, L // 2, C, B)
+    for level in tl.static_range(HALVINGS):
+        if L // 2**level > C:
+            tile, _lower = halves(tile, L // 2**level, B)
+    return tile
 
 
 @triton.jit
 def padded(tile, C: tl.constexpr, L: tl.constexpr, B: tl.constexpr):
     """A tile [C, B] with zeros below it, [L, B]."""
-    if L == C:
-        return tile
-    else:
-        return padded(stacked(tile, tl.zeros_like(tile), 2 * C, B), 2 * C, L, B)
+    for level in tl.static_range(HALVINGS):
+        if C * 2**level < L:
+            tile = stacked(tile, tl.zeros_like(tile), 2 * C * 2**level, B)
+    return tile
 
 
 @triton.jit

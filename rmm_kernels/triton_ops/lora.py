@@ -87,8 +87,12 @@ TABLE: tuple[Row, ...] = (
     Row("shrink", 2, Config(64, 64, 64, adaptive=True), tokens=2047, r=32),
     Row("shrink", 2, Config(64, 64, 64, num_warps=8, adaptive=True), tokens=2047),
     Row("shrink", 2, Config(128, 32, 64, num_warps=8, adaptive=True)),
-    Row("shrink", 4, Config(16, 32, 32), tokens=64),
-    Row("shrink", 4, Config(32, 32, 32, num_stages=2, adaptive=True)),
+    Row("shrink", 4, Config(16, 32, 64, num_stages=4), tokens=16),
+    Row("shrink", 4, Config(32, 32, 64, num_stages=2), tokens=64, p=0),
+    Row("shrink", 4, Config(32, 32, 64), tokens=64),
+    Row("shrink", 4, Config(64, 32, 16, num_stages=2, adaptive=True), r=16, p=8),
+    Row("shrink", 4, Config(32, 32, 64, num_stages=2, adaptive=True), p=8),
+    Row("shrink", 4, Config(32, 32, 64)),
     Row("expand", 2, Config(16, 64, 128, num_stages=4), tokens=16),
     Row("expand", 2, Config(32, 64, 128, num_stages=4), tokens=32),
     Row("expand", 2, Config(64, 32, 64), tokens=64),
@@ -97,8 +101,12 @@ TABLE: tuple[Row, ...] = (
     Row("expand", 2, Config(64, 64, 64, num_warps=8, adaptive=True), r=64),
     Row("expand", 2, Config(64, 32, 64), arch="gfx942"),
     Row("expand", 2, Config(64, 32, 64, num_warps=8)),
-    Row("expand", 4, Config(16, 32, 64), tokens=64),
-    Row("expand", 4, Config(32, 32, 64, num_stages=2, adaptive=True)),
+    Row("expand", 4, Config(16, 32, 64), tokens=16),
+    Row("expand", 4, Config(64, 16, 64), tokens=64),
+    Row("expand", 4, Config(64, 32, 32, num_stages=2, adaptive=True), r=32, p=8),
+    Row("expand", 4, Config(64, 16, 64, num_stages=2, adaptive=True), r=64, p=8),
+    Row("expand", 4, Config(64, 16, 64, num_stages=2), arch="gfx942"),
+    Row("expand", 4, Config(64, 16, 64, num_warps=8, num_stages=2)),
 )
 
 # Shared memory a program may have, in bytes, by arch; of what is not listed, the least.
@@ -122,6 +130,17 @@ def _arch(device: int) -> str:
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def precision(device: torch.device) -> str:
+    """How fp32 operands of a product are multiplied, as tl.dot's input_precision says it.
+
+    AMD's matrix cores multiply fp32. NVIDIA's do not, and operands of multiply-adds Triton lays out so that eight lanes want
+    the same bank of shared memory. There each is split into two values of TF32, and three of the four products are taken: what
+    is left out is 2⁻²² of the product at most. Tensor cores cut their sums off, which would tell in a long one: but a tile's
+    starts from 0, and is added to the others' in fp32 (tests/test_triton_overloads.py).
+    """
+    return "tf32x3" if arch(device).startswith("sm_") else "ieee"
 
 
 def use(rows: Iterable[Row] | None) -> None:

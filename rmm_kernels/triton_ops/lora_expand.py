@@ -5,8 +5,8 @@ come in spans [splits, T, r] as shrink leaves it; they are added in order.
 
 Numerics: u's rows are rounded once to y's dtype for the product, in fp16 after an exact scaling by a power of two, since u may
 be beyond fp16; a rebuilt factor is formed in fp32 and rounded once; coefficients and scaling are applied in fp32, and y is
-rounded once. fp32 products are IEEE, not TF32; fused multiply-adds are allowed. Rows without a task are neither read nor
-written; a tile that has no other ends at once.
+rounded once. fp32 products are IEEE on AMD, three of TF32 on NVIDIA (lora.precision); fused multiply-adds are allowed. Rows
+without a task are neither read nor written; a tile that has no other ends at once.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def expand_kernel(
     BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
     ADAPTIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     tiles = tl.cdiv(width, BLOCK_D)
     t = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -97,18 +98,19 @@ def expand_kernel(
                 c = tl.load(own + k * coeff_k, mask=inside, other=0).to(tl.float32)
                 component = tl.load(factor + (k + 1) * basis_k, mask=inner, other=0)
                 rebuilt += c[:, None] * component.to(tl.float32)
-            sums = tl.dot(rounded, tl.trans(rebuilt.to(rounded.dtype)), input_precision="ieee")
+            sums = tl.dot(rounded, tl.trans(rebuilt.to(rounded.dtype)), input_precision=PRECISION)
         else:
             weights = coeff + task[:, None] * coeff_n + d[None, :] * coeff_d
             sums = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
             for k in tl.range(0, P + 1, num_stages=STAGES):
                 component = tl.load(factor + tl.cast(k, tl.int64) * basis_k, mask=inner, other=0)
-                product = tl.dot(rounded, tl.trans(component), input_precision="ieee")
+                product = tl.dot(rounded, tl.trans(component), input_precision=PRECISION)
                 if P > 0:
                     reads_c = d < tl.where(k == 0, 0, width)
                     at_c = weights + tl.cast(k - 1, tl.int64) * coeff_k
-                    c = tl.load(at_c, mask=active[:, None] & reads_c[None, :], other=0)
-                    product *= tl.where(k == 0, 1.0, c.to(tl.float32))
+                    # 1 where there is none: a select after the load, without which fp32's c lies in shared memory unswizzled.
+                    c = tl.load(at_c, mask=active[:, None] & reads_c[None, :], other=1)
+                    product *= c.to(tl.float32)
                 sums += product
         if y.dtype.element_ty == tl.float16:
             sums *= down[:, None]
@@ -193,4 +195,5 @@ def expand(
         BLOCK_R=config.block_r,
         STAGES=config.num_stages,
         ADAPTIVE=config.adaptive,
+        PRECISION=lora.precision(y.device),
     )

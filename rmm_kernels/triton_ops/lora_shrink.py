@@ -3,8 +3,9 @@
 A program owns a tile of tokens and a span of positions: x [T, d] against basis [r, d], tensor cores with fp32 sums. Spans'
 sums go to a workspace [splits, T, r] and are added in order by whoever reads it, so nothing is atomic and every bit repeats.
 
-Numerics: x ⊙ c and a rebuilt factor are formed in fp32 and rounded once to x's dtype; fp32 products are IEEE, not TF32; fused
-multiply-adds are allowed. Rows without a task are never read, and neither are x's and coeff's in a tile that has no other.
+Numerics: x ⊙ c and a rebuilt factor are formed in fp32 and rounded once to x's dtype; fp32 products are IEEE on AMD, three of
+TF32 on NVIDIA (lora.precision); fused multiply-adds are allowed. Rows without a task are never read, and neither are x's and
+coeff's in a tile that has no other.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def shrink_kernel(
     BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr,
     ADAPTIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
     ZERO: tl.constexpr,
 ):
     """out[split] [T, r]; rows without a task are 0 where ZERO, else left alone."""
@@ -69,7 +71,7 @@ def shrink_kernel(
                 c = tl.load(own + k * coeff_k + d * coeff_d, mask=inside, other=0).to(tl.float32)
                 component = tl.load(factor + (k + 1) * basis_k + d[None, :] * basis_d, mask=part, other=0)
                 rebuilt += c[None, :] * component.to(tl.float32)
-            acc = tl.dot(tile, tl.trans(rebuilt.to(tile.dtype)), acc, input_precision="ieee")
+            acc = tl.dot(tile, tl.trans(rebuilt.to(tile.dtype)), acc, input_precision=PRECISION)
     else:
         # One loop over positions and components, so that all its loads are in flight: x is read with component 0 and kept.
         weights = coeff + task[:, None] * coeff_n
@@ -94,7 +96,7 @@ def shrink_kernel(
                 mask=(r < R)[:, None] & (d < end)[None, :],
                 other=0,
             )
-            acc = tl.dot(scaled, tl.trans(component), acc, input_precision="ieee")
+            acc = tl.dot(scaled, tl.trans(component), acc, input_precision=PRECISION)
     written = t < tokens if ZERO else active
     to = out + (tl.program_id(1).to(tl.int64) * tokens + t[:, None]) * R + r[None, :]
     tl.store(to, acc, mask=written[:, None] & (r < R)[None, :])
@@ -192,6 +194,7 @@ def shrink(x: Tensor, basis_a: Tensor, coeff_a: Tensor, task_ids: Tensor, config
         BLOCK_R=config.block_r,
         STAGES=config.num_stages,
         ADAPTIVE=config.adaptive,
+        PRECISION=lora.precision(x.device),
         ZERO=zero and count == 1,
     )
     return partial

@@ -1323,7 +1323,7 @@ void mma_shape(Machine& m, const Instr& in) {
         T v = i ? y : x;
         const Ref& d = in.dst[2 * h + i];
         if (td == MmaType::F32)
-          m.at<f32>(d)[lane] = (f32)v;
+          m.at<f32>(d)[lane] = toward_zero((f64)v);
         else if (td == MmaType::F64)
           m.at<f64>(d)[lane] = (f64)v;
         else {

@@ -47,6 +47,13 @@ inline f32 flush_subnormal(f32 x) {
 }
 inline f32 canonical_nan() { return bit_cast<f32>(0x7fffffffu); }
 
+// double -> float, cut off; past the largest float infinity, as in any other rounding here.
+inline f32 toward_zero(f64 x) {
+  f32 nearest = (f32)x;
+  bool away = std::fabs((f64)nearest) > std::fabs(x) && !std::isinf(nearest);
+  return away ? bit_cast<f32>(bit_cast<u32>(nearest) - 1) : nearest;
+}
+
 // double -> float keeping a sticky low bit ("round to odd"), so that a later
 // rounding to a narrower format is the correct single rounding.
 inline f32 round_to_odd(f64 x) {
