@@ -202,7 +202,7 @@ def orthonormal_columns(core, norms, i, K: tl.constexpr, COUNT: tl.constexpr):
     found = ()
     lives = ()
     for c in tl.static_range(COUNT):
-        live = (norms[c] > DEFICIENT * DEFICIENT * norms[0]) & (norms[c] > TINY)
+        live = (norms[c] > norms[0] * (DEFICIENT * DEFICIENT)) & (norms[c] > TINY)
         left = tl.where(i < K, tl.zeros_like(core[0]) + 1.0, -1.0)
         for b in tl.static_range(c):
             left -= found[b] * found[b]

@@ -372,7 +372,7 @@ def _compress_tile(
     of_p = tl.arange(0, P)[:, None, None]
     for k in range(components):
         squared = tl.sum(tl.where(c[:, None] == k, norms, 0.0), 0)
-        live = (squared > DEFICIENT * DEFICIENT * top) & (squared > TINY) & (k < k_all)
+        live = (squared > top * (DEFICIENT * DEFICIENT)) & (squared > TINY) & (k < k_all)
         row = line(u, c, k)
         if not WIDE:
             row *= inverse_root(tl.where(live, squared, 1.0))[None, :]
