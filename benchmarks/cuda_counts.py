@@ -55,7 +55,7 @@ class Case:
         return self.dtype.itemsize * (self.n * self.r + (self.p + 1) * self.r + self.n * self.p) + 4 * k
 
 
-# A thread, 8 lanes (wide, and of tall matrices), a warp, a block.
+# A thread, 8 lanes, 2 and 4 lanes in registers, a warp, a block.
 CASES = tuple(
     Case(r, n, positions=positions, inside=inside, dtype=dtype)
     for r, n, positions, dtype in (

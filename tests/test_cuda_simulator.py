@@ -9,8 +9,18 @@ from ops import assert_same_bits, randn
 
 pytestmark = pytest.mark.skipif(not simulator.ops(), reason="nvcc is not on PATH")
 
-# (n, S, r, p) of each mapping of compress: a thread, 8 lanes (tall, wide), a warp, a block.
-COMPRESS = [(8, 70, 16, 4), (9, 40, 12, 12), (8, 9, 64, 4), (20, 19, 16, 4), (20, 3, 32, 25), (34, 2, 40, 5)]
+# (n, S, r, p) of each mapping of compress: a thread, 2 and 4 lanes, 8 lanes (tall, wide), a warp, a block.
+COMPRESS = [
+    (8, 70, 16, 4),
+    (8, 70, 32, 4),
+    (8, 37, 64, 4),
+    (5, 33, 37, 6),
+    (9, 40, 12, 12),
+    (9, 9, 64, 4),
+    (20, 19, 16, 4),
+    (20, 3, 32, 25),
+    (34, 2, 40, 5),
+]
 SVD = [(19, 16, 8, 4), (5, 8, 20, 8), (3, 24, 20, 20), (2, 36, 40, 6)]
 
 

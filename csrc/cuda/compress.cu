@@ -1,5 +1,5 @@
-// compress: mean, Helmert reduction, QR, one-sided Jacobi, basis and coefficients. A position per thread, all in registers,
-// where K = min(r, n − 1) ≤ 7 and n − 1 ≤ r ≤ 16 (compress_thread.cuh); else a position per team of threads, in shared memory.
+// compress: mean, Helmert reduction, QR, one-sided Jacobi, basis and coefficients. Where n − 1 ≤ min(r, 7) and r ≤ 64, a
+// position per thread or few lanes, all in registers (compress_thread.cuh); else per team of threads, in shared memory.
 
 #include <cmath>
 #include <tuple>
@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
   Tensor energy = torch::stable::new_empty(x, {positions, k}, ScalarType::Float);
   const Queue queue{x, basis, coeff, energy};
   const int64_t most_floats = queue.device().shared_bytes / static_cast<int64_t>(sizeof(float));
-  const bool per_thread = k >= 1 && k <= kThreadColumns && n - 1 <= r && r <= 16;
+  const bool per_thread = k >= 1 && k <= kThreadColumns && n - 1 <= r && r <= kThreadRanks;
   if (!per_thread && 8 + size > most_floats) return reference();
   args.x = plane_of(in);
   args.basis = plane_of(view(basis, 3, "basis"));

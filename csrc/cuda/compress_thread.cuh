@@ -1,5 +1,6 @@
-// compress, a position per thread: up to K columns, n − 1 of them, of up to 16 ranks, in registers; what is beyond is 0. A warp
-// brings in and takes out its 32 positions through shared memory of its own, 16 bytes a thread.
+// compress, a position per thread or, where its ranks are more than 16, per 2 or 4 neighbouring lanes: up to K columns, n − 1
+// of them, of up to 16 ranks a lane, in registers; what is beyond is 0. As many warps as a position has lanes bring in and take
+// out 32 positions through shared memory, 16 bytes a thread.
 #pragma once
 
 #include "jacobi.cuh"
@@ -15,29 +16,121 @@ struct CompressThread {
   float spread, share;  // 1 / (√n − 1), 1 / √n
 };
 
-constexpr int kRanks = 16;      // of a column in registers; what is beyond r is 0
-constexpr int kRowStride = 20;  // floats from one position's row of ranks to the next: 16-byte accesses then meet all banks
+constexpr int kRanks = 16;      // of a column in a lane's registers; what is beyond r is 0
+constexpr int kRowStride = 20;  // a lane's part of the floats from one position's row of ranks to the next
 
-// Where a warp keeps x while it brings it in, K + 1 tasks of kRanks ranks: positions side by side if they are so in memory, and
-// a thread reads its own 4 bytes; else a position's values side by side, an odd number of 16-byte units apart, and a thread
-// reads 16 bytes. Later a thread's own column of the same memory holds the directions that it found, [K][K].
-template <int K>
-struct WarpTile {
-  static constexpr int kPositionStride = (K + 1) * kRanks + 4;
-  static constexpr int kFloats = 32 * kPositionStride;
+// A lane's share of its position: of each 4 · Lanes ranks, four. Sums and the like over a position's lanes are the same in all
+// of them.
+template <int Lanes>
+class Share {
+ public:
+  __device__ __forceinline__ explicit Share(int thread)
+      : part_(thread % Lanes), mask_(((1u << Lanes) - 1) << (thread % 32 / Lanes * Lanes)) {}
+
+  __device__ __forceinline__ int part() const { return Lanes == 1 ? 0 : part_; }
+  __device__ __forceinline__ int rank(int t) const { return 4 * (t / 4 * Lanes + part()) + t % 4; }
+
+  template <class T, class Join>
+  __device__ __forceinline__ T joined(T value, const Join& join) const {
+#pragma unroll
+    for (int step = 1; step < Lanes; step *= 2) value = join(value, __shfl_xor_sync(mask_, value, step));
+    return value;
+  }
+  __device__ __forceinline__ float sum(float value) const {
+    return joined(value, [](float a, float b) { return a + b; });
+  }
+  template <class T>
+  __device__ __forceinline__ T most(T value) const {
+    return joined(value, [](T a, T b) { return max(a, b); });
+  }
+  template <class T>
+  __device__ __forceinline__ T least(T value) const {
+    return joined(value, [](T a, T b) { return min(a, b); });
+  }
+  __device__ __forceinline__ float of(int part, float value) const {
+    return Lanes == 1 ? value : __shfl_sync(mask_, value, part, Lanes);
+  }
+  __device__ __forceinline__ void sync() const {
+    if constexpr (Lanes > 1) __syncwarp(mask_);
+  }
+
+ private:
+  int part_;
+  unsigned mask_;
+};
+
+// The threads that share 32 positions, in order.
+template <int Lanes>
+__device__ __forceinline__ void sync_positions() {
+  if constexpr (Lanes == 1) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
+// Where 32 positions' values of a rank lie side by side, for a lane to read its own 4 bytes: not in order, so that what the
+// lanes of one position read meets different banks.
+template <int Lanes>
+__device__ __forceinline__ int across(int position, int part) {
+  return Lanes == 1 ? position : position ^ (32 / Lanes * part);
+}
+
+// Rows of ranks of 32 positions: values of one rank side by side if positions are so in memory, else a position's, 16-byte
+// accesses then meeting all banks.
+template <int Lanes>
+struct Rows {
+  static constexpr int kStride = Lanes * kRowStride;
+  static constexpr int kFloats = 32 * kStride;
 
   float* memory;
-  int lane;
+  int position;
+  bool flat;
+
+  __device__ __forceinline__ float& at(const Share<Lanes>& share, int t) const {
+    return memory[flat ? share.rank(t) * 32 + across<Lanes>(position, share.part()) : position * kStride + share.rank(t)];
+  }
+  __device__ __forceinline__ void put(const Share<Lanes>& share, int t, float a, float b, float c, float d) const {
+    if (flat) {
+      float* const to = &at(share, t);
+      to[0] = a, to[32] = b, to[64] = c, to[96] = d;
+    } else {
+      store_shared(&at(share, t), a, b, c, d);
+    }
+  }
+};
+
+// Where x is kept while it is brought in, K + 1 tasks of its ranks, as rows are: a lane reads its own 4 bytes, or 16 bytes.
+// Later a lane's own column of the same memory holds its rows of the directions that were found, [K][kRows], and their norms.
+template <int K, int Lanes>
+struct Tile {
+  static constexpr int kThreads = 32 * Lanes;
+  static constexpr int kAllRanks = kRanks * Lanes;
+  static constexpr int kPositionStride = Lanes * ((K + 1) * kRanks + 4);
+  static constexpr int kFloats = 32 * kPositionStride;
+  static constexpr int kRows = Lanes == 1 ? K : 4;  // of the first K ranks, in each lane
+  static constexpr int kEnergies = K * (kRows + 1) * kThreads;
+
+  float* memory;
+  int thread;
+  Share<Lanes> share;
   bool flat;  // positions side by side
 
-  __device__ __forceinline__ float4* at(int i, int j) const {
-    return reinterpret_cast<float4*>(memory + lane * kPositionStride + i * kRanks + j);
+  __device__ __forceinline__ float4* at(int i, int t) const {
+    return reinterpret_cast<float4*>(memory + thread / Lanes * kPositionStride + i * kAllRanks + share.rank(t));
   }
-  __device__ __forceinline__ float* flat_at(int i, int j) const { return memory + (i * kRanks + j) * 32 + lane; }
-  __device__ __forceinline__ float& direction(int c, int i) const { return memory[(c * K + i) * 32 + lane]; }
+  __device__ __forceinline__ float* flat_at(int i, int t) const {
+    return memory + (i * kAllRanks + share.rank(t)) * 32 + across<Lanes>(thread / Lanes, share.part());
+  }
+  // Entry t of the own rows of direction c; entry i of all of it.
+  __device__ __forceinline__ float& direction(int c, int t) const { return memory[(c * kRows + t) * kThreads + thread]; }
+  __device__ __forceinline__ float& any_direction(int c, int i) const {
+    return memory[(c * kRows + i % kRows) * kThreads + thread / Lanes * Lanes + i / kRows];
+  }
+  __device__ __forceinline__ float& norm(int c) const { return memory[(K * kRows + c) * kThreads + thread]; }
 
-  // x of the own position at ranks j … j + 3 of the first n tasks, 0 for the others.
-  __device__ __forceinline__ void load(int n, int j, float (&x)[K + 1][4]) const {
+  // x of the own position at the own ranks t … t + 3 of the first n tasks, 0 for the others.
+  __device__ __forceinline__ void load(int n, int t, float (&x)[K + 1][4]) const {
 #pragma unroll
     for (int i = 0; i <= K; ++i) {
 #pragma unroll
@@ -48,13 +141,13 @@ struct WarpTile {
       for (int i = 0; i <= K; ++i) {
         if (i >= n) break;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x[i][e] = *flat_at(i, j + e);
+        for (int e = 0; e < 4; ++e) x[i][e] = *flat_at(i, t + e);
       }
     } else {
 #pragma unroll
       for (int i = 0; i <= K; ++i) {
         if (i >= n) break;
-        const float4 four = *at(i, j);
+        const float4 four = *at(i, t);
         x[i][0] = four.x, x[i][1] = four.y, x[i][2] = four.z, x[i][3] = four.w;
       }
     }
@@ -65,31 +158,81 @@ struct WarpTile {
 #pragma unroll 1
     for (int i = 0; i < n; ++i) {
 #pragma unroll 1
-      for (int j = 0; j < ranks; ++j) change(flat ? *flat_at(i, j) : reinterpret_cast<float*>(at(i, 0))[j]);
+      for (int t = 0; t < kRanks && share.rank(t) < ranks; ++t) {
+        change(flat ? *flat_at(i, t) : *(reinterpret_cast<float*>(at(i, t / 4 * 4)) + t % 4));
+      }
     }
   }
 };
 
-// Where a lane's part of eight positions side by side, which meet all banks, lies: 16 bytes, in a warp's `step`-th turn.
-template <class T>
+// Where a thread's part of positions whose values lie side by side is: 16 bytes, in the `step`-th turn. Eight lanes meet all
+// banks; they bring as many neighbours of a position as it has lanes.
+template <class T, int Lanes>
 struct Part {
-  static constexpr int kChunks = kRanks / kVector<T>;  // of a position
-  static constexpr int kSteps = kChunks;               // that a warp takes for 32 positions
+  static constexpr int kSteps = kRanks / kVector<T>;  // for 32 positions
   int position, rank;
-  __device__ __forceinline__ Part(int lane, int step) {
-    const int part = step * 4 + lane / 8;
-    position = part / kChunks * 8 + lane % 8;
-    rank = part % kChunks * kVector<T>;
+  __device__ __forceinline__ Part(int thread, int step) {
+    const int eight = step * 4 * Lanes + thread / 8;
+    position = eight / kSteps * (8 / Lanes) + thread % 8 / Lanes;
+    rank = (eight % kSteps * Lanes + thread % Lanes) * kVector<T>;
   }
 };
 
+// The same where positions are innermost: from `position` on at ranks `rank`, rank + kRows, …
+template <class T, int Lanes>
+struct FlatPart {
+  static constexpr int kChunks = 32 / kVector<T>, kRows = 32 * Lanes / kChunks;
+  int position, rank;
+  __device__ __forceinline__ explicit FlatPart(int thread) : position(thread % kChunks * kVector<T>), rank(thread / kChunks) {}
+  __device__ __forceinline__ int offset() const { return rank * 32 + across<Lanes>(position, rank / 4 % Lanes); }
+};
+
+// Whether a thread's second four of eight values go first, so that all eight lanes meet different banks.
+template <int Lanes>
+__device__ __forceinline__ bool second_first(bool flat, int thread) {
+  return flat ? thread / 4 % 2 == 1 : Lanes > 1 && thread % 8 / Lanes % 2 == 1;
+}
+
+template <int N>
+__device__ __forceinline__ void to_shared(float* to, const float (&values)[N], bool second) {
+  if constexpr (N == 4) {
+    store_shared(to, values[0], values[1], values[2], values[3]);
+  } else {
+    float half[4];
+#pragma unroll
+    for (int turn = 0; turn < 2; ++turn) {
+      const bool upper = second != (turn == 1);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) half[e] = upper ? values[e + 4] : values[e];
+      store_shared(to + (upper ? 4 : 0), half[0], half[1], half[2], half[3]);
+    }
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void from_shared(const float* from, float (&values)[N], bool second) {
+  float4 half[N / 4];
+#pragma unroll
+  for (int turn = 0; turn < N / 4; ++turn) {
+    const bool upper = N > 4 && second != (turn == 1);
+    half[turn] = *reinterpret_cast<const float4*>(from + (upper ? 4 : 0));
+  }
+#pragma unroll
+  for (int turn = 0; turn < N / 4; ++turn) {
+    const float4 four = N > 4 && second ? half[N / 4 - 1 - turn] : half[turn];
+    values[4 * turn] = four.x, values[4 * turn + 1] = four.y, values[4 * turn + 2] = four.z, values[4 * turn + 3] = four.w;
+  }
+}
+
 // x of up to 32 positions from `first` on; what is beyond them, and beyond r up to a multiple of 4, is 0.
-template <class T, int K>
-__device__ __forceinline__ void load_warp(const CompressThread& args, const WarpTile<K>& tile, int64_t first, int positions) {
-  constexpr int kWidth = kVector<T>;
+template <class T, int K, int Lanes>
+__device__ __forceinline__ void load_positions(const CompressThread& args, const Tile<K, Lanes>& tile, int64_t first,
+                                               int positions) {
+  constexpr int kWidth = kVector<T>, kAllRanks = Tile<K, Lanes>::kAllRanks;
   const View& view = args.x.view;
-  const int r = static_cast<int>(view.size[2]), n = args.n, lane = tile.lane, ranks = (r + 3) / 4 * 4;
+  const int r = static_cast<int>(view.size[2]), n = args.n, ranks = (r + 3) / 4 * 4;
   const T* const from = reinterpret_cast<const T*>(view.data) + first * view.stride[1];
+  const bool second = second_first<Lanes>(args.x.positions_inside, tile.thread);
   const auto bring = [&](const T* at, float* to, int64_t step, int count) {
     float values[kWidth];
     if (args.x.aligned && count >= kWidth) {
@@ -98,98 +241,81 @@ __device__ __forceinline__ void load_warp(const CompressThread& args, const Warp
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) values[e] = e < count ? Storage<T>::widen(at[e * step]) : 0.0f;
     }
-    if constexpr (kWidth == 4) {
-      store_shared(to, values[0], values[1], values[2], values[3]);
-    } else {  // some lanes their second half first: two rows side by side then meet all banks
-      const bool second = args.x.positions_inside && lane / 4 % 2 == 1;
-      float half[4];
-#pragma unroll
-      for (int turn = 0; turn < 2; ++turn) {
-        const bool upper = second != (turn == 1);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) half[e] = upper ? values[e + 4] : values[e];
-        store_shared(to + (upper ? 4 : 0), half[0], half[1], half[2], half[3]);
-      }
-    }
+    to_shared(to, values, second);
   };
   if (args.x.positions_inside) {
-    constexpr int kChunks = 32 / kWidth, kRows = kWidth;  // of a row of 32 positions; rows in a turn
-    const int position = lane % kChunks * kWidth, row = lane / kChunks;
-    const T* of_task = from + position * view.stride[1] + row * view.stride[2];
-    float* to = tile.memory + row * 32 + position;
+    using Mine = FlatPart<T, Lanes>;
+    const Mine part(tile.thread);
+    const T* of_task = from + part.position * view.stride[1] + part.rank * view.stride[2];
+    float* to = tile.memory + part.offset();
     for (int i = 0; i < n; ++i) {
 #pragma unroll
-      for (int j = 0; j < kRanks; j += kRows) {
-        if (j + row >= ranks) break;
-        bring(of_task + j * view.stride[2], to + j * 32, view.stride[1], j + row < r ? positions - position : 0);
+      for (int j = 0; j < kAllRanks; j += Mine::kRows) {
+        if (j + part.rank >= ranks) break;
+        bring(of_task + j * view.stride[2], to + j * 32, view.stride[1], j + part.rank < r ? positions - part.position : 0);
       }
       of_task += view.stride[0];
-      to += kRanks * 32;
+      to += kAllRanks * 32;
     }
   } else {
 #pragma unroll
-    for (int step = 0; step < Part<T>::kSteps; ++step) {
-      const Part<T> part(lane, step);
+    for (int step = 0; step < Part<T, Lanes>::kSteps; ++step) {
+      const Part<T, Lanes> part(tile.thread, step);
       const int count = part.position < positions ? r - part.rank : 0;
       const T* of_task = from + part.position * view.stride[1] + part.rank * view.stride[2];
-      float* to = tile.memory + part.position * WarpTile<K>::kPositionStride + part.rank;
+      float* to = tile.memory + part.position * Tile<K, Lanes>::kPositionStride + part.rank;
       if (part.rank >= ranks) continue;
 #pragma unroll 4
       for (int i = 0; i < n; ++i) {
         bring(of_task, to, view.stride[2], count);
         of_task += view.stride[0];
-        to += kRanks;
+        to += kAllRanks;
       }
     }
   }
 }
 
-// basis[c] of up to 32 positions, from rows [32][kRowStride] in shared memory.
-template <class T>
-__device__ __forceinline__ void store_rows(const CompressThread& args, const float* rows, int lane, int64_t first,
+// basis[c] of up to 32 positions, from rows.
+template <class T, int Lanes>
+__device__ __forceinline__ void store_rows(const CompressThread& args, const Rows<Lanes>& rows, int thread, int64_t first,
                                            int positions, int c) {
   constexpr int kWidth = kVector<T>;
   const View& view = args.basis.view;
   const int r = static_cast<int>(view.size[2]);
   T* const to = reinterpret_cast<T*>(view.data) + c * view.stride[0] + first * view.stride[1];
-  if (args.basis.positions_inside) {
-    if (lane >= positions) return;
-    T* at = to + lane * view.stride[1];
-#pragma unroll
-    for (int j = 0; j < kRanks; j += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(rows + lane * kRowStride + j);
-      const float values[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (j + e >= r) return;
-        *at = Storage<T>::narrow(values[e]);
-        at += view.stride[2];
-      }
-    }
-    return;
-  }
-  __syncwarp();
-#pragma unroll
-  for (int step = 0; step < Part<T>::kSteps; ++step) {
-    const Part<T> part(lane, step);
-    if (part.position >= positions || part.rank >= r) continue;
+  const bool second = second_first<Lanes>(rows.flat, thread);
+  const auto take = [&](const float* from, T* at, int64_t step, int count) {
     float values[kWidth];
-#pragma unroll
-    for (int e = 0; e < kWidth; e += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(rows + part.position * kRowStride + part.rank + e);
-      values[e] = four.x, values[e + 1] = four.y, values[e + 2] = four.z, values[e + 3] = four.w;
-    }
-    T* const at = to + part.position * view.stride[1] + part.rank * view.stride[2];
-    if (args.basis.aligned && part.rank + kWidth <= r) {
+    from_shared(from, values, second);
+    if (args.basis.aligned && count >= kWidth) {
       store_vector(at, values);
     } else {
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
-        if (part.rank + e < r) at[e * view.stride[2]] = Storage<T>::narrow(values[e]);
+        if (e < count) at[e * step] = Storage<T>::narrow(values[e]);
       }
     }
+  };
+  sync_positions<Lanes>();
+  if (rows.flat) {
+    using Mine = FlatPart<T, Lanes>;
+    const Mine part(thread);
+#pragma unroll
+    for (int j = 0; j < kRanks * Lanes; j += Mine::kRows) {
+      if (part.position >= positions || j + part.rank >= r) break;
+      take(rows.memory + part.offset() + j * 32, to + part.position * view.stride[1] + (j + part.rank) * view.stride[2],
+           view.stride[1], positions - part.position);
+    }
+  } else {
+#pragma unroll
+    for (int step = 0; step < Part<T, Lanes>::kSteps; ++step) {
+      const Part<T, Lanes> part(thread, step);
+      if (part.position >= positions || part.rank >= r) continue;
+      take(rows.memory + part.position * Rows<Lanes>::kStride + part.rank,
+           to + part.position * view.stride[1] + part.rank * view.stride[2], view.stride[2], r - part.rank);
+    }
   }
-  __syncwarp();
+  sync_positions<Lanes>();
 }
 
 // a · b from index `from` on, in two sums where there are many.
@@ -207,33 +333,43 @@ __device__ __forceinline__ float dot(const float (&a)[N], const float (&b)[N], i
   return N > 8 ? even + odd : even;
 }
 
-// y = QR, as householder in team.cuh.
-template <int K>
-__device__ __forceinline__ void householder(float (&y)[K][kRanks], float (&tau)[K], float (&diagonal)[K]) {
+// y = QR, as householder in team.cuh: of the own ranks, the vectors in y from their first rank on (0 before, or with a
+// position's ranks all here, of no account), R's columns in upper.
+template <int K, int Rows, int Lanes>
+__device__ __forceinline__ void householder(const Share<Lanes>& share, float (&y)[K][kRanks], float (&tau)[K],
+                                            float (&upper)[K][Rows]) {
 #pragma unroll
   for (int j = 0; j < K; ++j) {
-    const float square = dot(y[j], y[j], j);
-    const bool live = square > kTiny;
-    const float safe = live ? square : 1.0f, norm = safe * exact_rsqrt(safe), first = y[j][j];
+    constexpr bool kAll = Lanes == 1;
+    const int from = kAll ? j : 0, owner = j / Rows, slot = j % Rows;
+#pragma unroll
+    for (int t = 0; t < Rows; ++t) {
+      const bool above = share.rank(t) < j;
+      upper[j][t] = above ? y[j][t] : 0.0f;
+      if (!kAll) y[j][t] = above ? 0.0f : y[j][t];
+    }
+    const float square = share.sum(dot(y[j], y[j], from));
+    const bool live = square > kTiny, mine = share.part() == owner;
+    const float safe = live ? square : 1.0f, norm = safe * exact_rsqrt(safe), first = share.of(owner, y[j][slot]);
     tau[j] = live ? __fdividef(2.0f, safe + norm * (2.0f * fabsf(first) + norm)) : 0.0f;
-    diagonal[j] = live ? copysignf(norm, -first) : first;
-    y[j][j] = first + copysignf(norm, first);
+    upper[j][slot] = !mine ? upper[j][slot] : live ? copysignf(norm, -first) : first;
+    y[j][slot] = mine ? first + copysignf(norm, first) : y[j][slot];
 #pragma unroll
     for (int c = j + 1; c < K; ++c) {
-      const float step = tau[j] * dot(y[j], y[c], j);
+      const float step = tau[j] * share.sum(dot(y[j], y[c], from));
 #pragma unroll
-      for (int i = j; i < kRanks; ++i) y[c][i] = fmaf(-step, y[j][i], y[c][i]);
+      for (int t = from; t < kRanks; ++t) y[c][t] = fmaf(-step, y[j][t], y[c][t]);
     }
   }
 }
 
 // One-sided Jacobi: rotates the columns until they are orthogonal. norms: squared.
-template <int K>
-__device__ __forceinline__ void jacobi(float (&a)[K][K], float (&norms)[K]) {
+template <int K, int Rows, int Lanes>
+__device__ __forceinline__ void jacobi(const Share<Lanes>& share, float (&a)[K][Rows], float (&norms)[K]) {
   float total = 0;
 #pragma unroll
   for (int c = 0; c < K; ++c) {
-    norms[c] = dot(a[c], a[c]);
+    norms[c] = share.sum(dot(a[c], a[c]));
     total += norms[c];
   }
   const float noise = kNoise * total * total;
@@ -245,12 +381,12 @@ __device__ __forceinline__ void jacobi(float (&a)[K][K], float (&norms)[K]) {
 #pragma unroll
       for (int pair = 0; pair < meetings(K, round); ++pair) {
         const int p = column_of(K, meeting(K, round, pair).left), q = column_of(K, meeting(K, round, pair).right);
-        const Turn turn(norms[p], norms[q], dot(a[p], a[q]));
+        const Turn turn(norms[p], norms[q], share.sum(dot(a[p], a[q])));
         worst = fmaxf(worst, turn.excess);
         norms[p] = turn.longer;
         norms[q] = turn.shorter;
 #pragma unroll
-        for (int i = 0; i < K; ++i) {
+        for (int i = 0; i < Rows; ++i) {
           const float about = fmaf(turn.half, a[q][i], a[p][i]);
           a[q][i] = fmaf(-turn.sine, about, a[q][i]);
           a[p][i] = fmaf(turn.half, a[q][i], about);
@@ -258,22 +394,24 @@ __device__ __forceinline__ void jacobi(float (&a)[K][K], float (&norms)[K]) {
       }
     }
 #pragma unroll
-    for (int c = 0; c < K; ++c) norms[c] = dot(a[c], a[c]);
+    for (int c = 0; c < K; ++c) norms[c] = share.sum(dot(a[c], a[c]));
     if (worst <= noise) break;
   }
 }
 
 // Direction c, c > 0 before it being orthonormal, becomes what is left of the unit vector of the first k that sticks out most
-// of them (twice Gram–Schmidt).
-template <int K>
-__device__ void complete(const WarpTile<K>& tile, int k, int c) {
+// of them (twice Gram–Schmidt). All lanes of a position do so, and keep their own rows.
+template <int K, int Lanes>
+__device__ void complete(const Tile<K, Lanes>& tile, int k, int c) {
+  constexpr int kRows = Tile<K, Lanes>::kRows;
+  tile.share.sync();
   int best = 0;
   float most = -1;
 #pragma unroll 1
   for (int i = 0; i < k; ++i) {
     float left = 1;
 #pragma unroll 1
-    for (int b = 0; b < c; ++b) left = fmaf(-tile.direction(b, i), tile.direction(b, i), left);
+    for (int b = 0; b < c; ++b) left = fmaf(-tile.any_direction(b, i), tile.any_direction(b, i), left);
     if (left > most + 1e-3f) {  // by a margin, so that rounding does not decide
       most = left;
       best = i;
@@ -288,7 +426,7 @@ __device__ void complete(const WarpTile<K>& tile, int k, int c) {
     for (int b = 0; b < c; ++b) {
       float before[K];
 #pragma unroll
-      for (int i = 0; i < K; ++i) before[i] = tile.direction(b, i);
+      for (int i = 0; i < K; ++i) before[i] = tile.any_direction(b, i);
       const float along = dot(before, column);
 #pragma unroll
       for (int i = 0; i < K; ++i) column[i] = fmaf(-along, before[i], column[i]);
@@ -298,7 +436,9 @@ __device__ void complete(const WarpTile<K>& tile, int k, int c) {
     for (int i = 0; i < K; ++i) column[i] *= inverse;
   }
 #pragma unroll
-  for (int i = 0; i < K; ++i) tile.direction(c, i) = column[i];
+  for (int i = 0; i < K; ++i) {
+    if (i / kRows == tile.share.part()) tile.direction(c, i % kRows) = column[i];
+  }
 }
 
 // Whether the largest |y| leaves room on both sides for what is summed and squared on the way.
@@ -307,25 +447,25 @@ __device__ __forceinline__ bool within(uint32_t largest, int low, int high) {
   return power >= low && power < high;
 }
 
-// y, the Helmert reduction of the own position's x, and its mean, to `row`; the largest |y| as its bits. As centre in
+// y, the Helmert reduction of the own position's x, and its mean, to `rows`; the largest |y| as its bits. As centre in
 // compress.cu: the first task's vector goes first, then the mean, then what the mean rounded off.
-template <int K>
-__device__ __forceinline__ uint32_t centre(const CompressThread& args, const WarpTile<K>& tile, int ranks,
-                                           float (&y)[K][kRanks], float* row) {
+template <int K, int Lanes>
+__device__ __forceinline__ uint32_t centre(const CompressThread& args, const Tile<K, Lanes>& tile, const Rows<Lanes>& rows,
+                                           int ranks, float (&y)[K][kRanks]) {
   const int n = args.n;
   const float share = 1.0f / static_cast<float>(n);
   uint32_t largest = 0;
 #pragma unroll
-  for (int j = 0; j < kRanks; j += 4) {
+  for (int t = 0; t < kRanks; t += 4) {
     float mean[4] = {};
 #pragma unroll
     for (int c = 0; c < K; ++c) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) y[c][j + e] = 0;
+      for (int e = 0; e < 4; ++e) y[c][t + e] = 0;
     }
-    if (j < ranks) {
+    if (tile.share.rank(t) < ranks) {
       float x[K + 1][4];
-      tile.load(n, j, x);
+      tile.load(n, t, x);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float offset = x[0][e];
@@ -347,49 +487,53 @@ __device__ __forceinline__ uint32_t centre(const CompressThread& args, const War
         const float lift = fmaf(args.spread, -about - rest, -rest);
 #pragma unroll
         for (int i = 1; i <= K; ++i) {
-          y[i - 1][j + e] = i < n ? x[i][e] + lift : 0.0f;
-          largest = max(largest, magnitude_bits(y[i - 1][j + e]));
+          y[i - 1][t + e] = i < n ? x[i][e] + lift : 0.0f;
+          largest = max(largest, magnitude_bits(y[i - 1][t + e]));
         }
       }
     }
-    store_shared(row + j, mean[0], mean[1], mean[2], mean[3]);
+    rows.put(tile.share, t, mean[0], mean[1], mean[2], mean[3]);
   }
-  return largest;
+  return tile.share.most(largest);
 }
 
 // The largest |value| of u is to be positive, as stored, the lowest index on ties.
-__device__ __forceinline__ bool points_down(const float (&u)[kRanks], float factor, Dtype stored) {
+template <int Lanes>
+__device__ __forceinline__ bool points_down(const Share<Lanes>& share, const float (&u)[kRanks], float factor, Dtype stored) {
   float high = u[0], low = u[0];
 #pragma unroll
-  for (int j = 1; j < kRanks; ++j) {
-    high = fmaxf(high, u[j]);
-    low = fminf(low, u[j]);
+  for (int t = 1; t < kRanks; ++t) {
+    high = fmaxf(high, u[t]);
+    low = fminf(low, u[t]);
   }
-  high = as_stored(stored, high * factor);
-  low = as_stored(stored, low * factor);
+  high = as_stored(stored, share.most(high) * factor);
+  low = as_stored(stored, share.least(low) * factor);
   bool down = -low > high;
   if (-low == high) {
-    float peak = 0;
+    int peak = 2 * kRanks * Lanes;  // twice where it is, and whether it is negative
 #pragma unroll
-    for (int j = 0; j < kRanks; ++j) {
-      if (peak == 0 && fabsf(as_stored(stored, u[j] * factor)) == high) peak = u[j];
+    for (int t = kRanks - 1; t >= 0; --t) {
+      if (fabsf(as_stored(stored, u[t] * factor)) == high) peak = 2 * share.rank(t) + (u[t] < 0 ? 1 : 0);
     }
-    down = peak < 0;
+    down = share.least(peak) % 2 == 1;
   }
   return down;
 }
 
-template <int K>
-__device__ __forceinline__ void compress_warp(const CompressThread& args, float* memory, int64_t first) {
+template <int K, int Lanes>
+__device__ __forceinline__ void compress_positions(const CompressThread& args, float* memory, int thread, int64_t first) {
+  using Positions = Tile<K, Lanes>;
+  constexpr int kRows = Positions::kRows;
   const int n = args.n, r = static_cast<int>(args.x.view.size[2]), p = static_cast<int>(args.coeff.size[1]);
-  const int k = n - 1, lane = static_cast<int>(threadIdx.x % 32), ranks = (r + 3) / 4 * 4;
+  const int k = n - 1, position = thread / Lanes, ranks = (r + 3) / 4 * 4;
   const Dtype dtype = args.x.view.dtype;
   const int64_t left = args.x.view.size[1] - first;
   const int positions = left < 32 ? static_cast<int>(left) : 32;
-  float* const row = memory + lane * kRowStride;
-  const WarpTile<K> tile{memory + 32 * kRowStride, lane, args.x.positions_inside};
-  with_dtype(dtype, [&](auto element) { load_warp<decltype(element)>(args, tile, first, positions); });
-  __syncwarp();
+  const Share<Lanes> share(thread);
+  const Rows<Lanes> rows{memory, position, args.basis.positions_inside};
+  const Positions tile{memory + Rows<Lanes>::kFloats, thread, share, args.x.positions_inside};
+  with_dtype(dtype, [&](auto element) { load_positions<decltype(element)>(args, tile, first, positions); });
+  sync_positions<Lanes>();
 
   float y[K][kRanks];
   uint32_t largest;
@@ -397,11 +541,12 @@ __device__ __forceinline__ void compress_warp(const CompressThread& args, float*
   bool scaled = false;
 #pragma unroll 1
   while (true) {
-    largest = centre(args, tile, ranks, y, row);
+    largest = centre(args, tile, rows, ranks, y);
     if (scaled || within(largest, -64, 64)) break;
     // Sums of so large values may overflow, differences of so small ones lose bits: once more, with x scaled.
     uint32_t largest_x = 0;
     tile.each(n, ranks, [&](float& value) { largest_x = max(largest_x, magnitude_bits(value)); });
+    largest_x = share.most(largest_x);
     const bool finite = is_finite(largest_x);
     const Scale scale = scale_of(finite ? largest_x : 0);
     tile.each(n, ranks, [&](float& value) { value = finite ? value * scale.up1 * scale.up2 : 0.0f; });
@@ -412,30 +557,30 @@ __device__ __forceinline__ void compress_warp(const CompressThread& args, float*
   }
   if (scaled) {
 #pragma unroll 1
-    for (int j = 0; j < kRanks; ++j) row[j] = row[j] * down2 * down1 + spoil;
+    for (int t = 0; t < kRanks; ++t) rows.at(share, t) = rows.at(share, t) * down2 * down1 + spoil;
   }
-  with_dtype(dtype, [&](auto element) { store_rows<decltype(element)>(args, memory, lane, first, positions, 0); });
+  with_dtype(dtype, [&](auto element) { store_rows<decltype(element)>(args, rows, thread, first, positions, 0); });
   if (!within(largest, -2, 12)) {  // what tells the tasks apart may be much smaller than what they share
     const Scale centred = scale_of(largest);
     down1 *= centred.down2;
 #pragma unroll
     for (int c = 0; c < K; ++c) {
 #pragma unroll
-      for (int j = 0; j < kRanks; ++j) y[c][j] *= centred.up2;
+      for (int t = 0; t < kRanks; ++t) y[c][t] *= centred.up2;
     }
   }
 
-  float tau[K], diagonal[K], core[K][K], norms[K];
-  householder(y, tau, diagonal);
+  float tau[K], upper[K][kRows], core[K][kRows], norms[K];
+  householder(share, y, tau, upper);
 #pragma unroll
   for (int c = 0; c < K; ++c) {
 #pragma unroll
-    for (int i = 0; i < K; ++i) core[c][i] = i < c ? y[c][i] : i == c ? diagonal[c] : 0.0f;
+    for (int t = 0; t < kRows; ++t) core[c][t] = upper[c][t];
   }
-  jacobi(core, norms);
+  jacobi(share, core, norms);
 
-  // To shared memory, by falling norm. All lanes have read their x, which lay across.
-  __syncwarp();
+  // To shared memory, by falling norm. All have read their x, which lay across.
+  sync_positions<Lanes>();
   float longest = 0;
 #pragma unroll
   for (int c = 0; c < K; ++c) longest = fmaxf(longest, norms[c]);
@@ -450,109 +595,120 @@ __device__ __forceinline__ void compress_warp(const CompressThread& args, float*
     live += norms[c] > kDeficient * kDeficient * longest && norms[c] > kTiny ? 1 : 0;
     const float inverse = exact_rsqrt(fmaxf(norms[c], kTiny));
 #pragma unroll
-    for (int i = 0; i < K; ++i) tile.direction(place, i) = core[c][i] * inverse;
-    tile.direction(K, place) = norms[c];
+    for (int t = 0; t < kRows; ++t) tile.direction(place, t) = core[c][t] * inverse;
+    tile.norm(place) = norms[c];
   }
 #pragma unroll 1
   for (int c = live; c < p && c < k; ++c) complete(tile, k, c);
 
-  float* const energies = tile.memory + (K + 1) * K * 32;
+  float* const energies = tile.memory + Positions::kEnergies;
   float energy = 3e38f;
 #pragma unroll 1
   for (int c = 0; c < p || c < k; ++c) {
-    float w[K], along[K], square = 0, sum = 0;
+    float w[kRows], along[K], square = 0, sum = 0;
 #pragma unroll
-    for (int i = 0; i < K; ++i) w[i] = c < k ? tile.direction(c, i) : 0.0f;
+    for (int t = 0; t < kRows; ++t) w[t] = c < k ? tile.direction(c, t) : 0.0f;
 #pragma unroll
     for (int i = 0; i < K; ++i) {  // (Rᵀw)_i = (Yᵀu)_i: the columns' own norms carry what all rotations rounded
-      along[i] = diagonal[i] * w[i];
+      float some = 0;
 #pragma unroll
-      for (int j = 0; j < i; ++j) along[i] = fmaf(y[i][j], w[j], along[i]);
+      for (int t = 0; t < kRows; ++t) {
+        if (Lanes > 1 || t <= i) some = fmaf(upper[i][t], w[t], some);
+      }
+      along[i] = share.sum(some);
       square = fmaf(along[i], along[i], square);
       sum += along[i];
     }
     if (c < k) {
-      energy = fminf(energy, c < live ? square : tile.direction(K, c));  // equal ones may differ by a rounding
-      energies[lane * (k | 1) + c] = energy * down1 * down2 * down1 * down2 + spoil;
+      energy = fminf(energy, c < live ? square : tile.norm(c));  // equal ones may differ by a rounding
+      if (share.part() == 0) energies[position * (k | 1) + c] = energy * down1 * down2 * down1 * down2 + spoil;
     }
     if (c >= p) continue;
 
     float u[kRanks];
 #pragma unroll
-    for (int j = 0; j < kRanks; ++j) u[j] = j < K ? w[j < K ? j : 0] : 0.0f;
+    for (int t = 0; t < kRanks; ++t) u[t] = t < kRows ? w[t < kRows ? t : 0] : 0.0f;
     if (c >= k) {
 #pragma unroll
-      for (int j = 0; j < kRanks; ++j) u[j] = j == c ? 1.0f : 0.0f;
+      for (int t = 0; t < kRanks; ++t) u[t] = share.rank(t) == c ? 1.0f : 0.0f;
     }
     // Qu, and a Newton step towards norm 1.
 #pragma unroll
     for (int j = K - 1; j >= 0; --j) {
-      const float step = tau[j] * dot(y[j], u, j);
+      const int from = Lanes == 1 ? j : 0;
+      const float step = tau[j] * share.sum(dot(y[j], u, from));
 #pragma unroll
-      for (int i = j; i < kRanks; ++i) u[i] = fmaf(-step, y[j][i], u[i]);
+      for (int t = from; t < kRanks; ++t) u[t] = fmaf(-step, y[j][t], u[t]);
     }
-    float factor = fmaf(-0.5f, dot(u, u), 1.5f);
-    if (points_down(u, factor, dtype)) factor = -factor;
+    float factor = fmaf(-0.5f, share.sum(dot(u, u)), 1.5f);
+    if (points_down(share, u, factor, dtype)) factor = -factor;
 #pragma unroll
-    for (int j = 0; j < kRanks; ++j) u[j] = fmaf(u[j], factor, spoil);  // + 0: no −0
+    for (int t = 0; t < kRanks; ++t) u[t] = fmaf(u[t], factor, spoil);  // + 0: no −0
 #pragma unroll
-    for (int j = 0; j < kRanks; j += 4) store_shared(row + j, u[j], u[j + 1], u[j + 2], u[j + 3]);
-    with_dtype(dtype, [&](auto element) { store_rows<decltype(element)>(args, memory, lane, first, positions, c + 1); });
+    for (int t = 0; t < kRanks; t += 4) rows.put(share, t, u[t], u[t + 1], u[t + 2], u[t + 3]);
+    with_dtype(dtype, [&](auto element) { store_rows<decltype(element)>(args, rows, thread, first, positions, c + 1); });
 
     // Σ y_i = √n x_0 and y_i = x_i + x_0 / (√n − 1).
     const float head = args.share * sum, lift = args.spread * head, down = c < live ? copysignf(down2, factor) : 0.0f;
-    if (lane < positions) {
+    if (position < positions) {
       with_dtype(dtype, [&](auto element) {
         using Element = decltype(element);
-        Element* at = reinterpret_cast<Element*>(args.coeff.data) + c * args.coeff.stride[1] + first + lane;
-        *at = Storage<Element>::narrow(fmaf(head * down1, down, spoil));
+        Element* at = reinterpret_cast<Element*>(args.coeff.data) + c * args.coeff.stride[1] + first + position;
+        if (share.part() == 0) *at = Storage<Element>::narrow(fmaf(head * down1, down, spoil));
 #pragma unroll
         for (int i = 0; i < K; ++i) {
           if (i >= k) break;
           at += args.coeff.stride[0];
-          *at = Storage<Element>::narrow(fmaf((along[i] - lift) * down1, down, spoil));
+          if (share.part() == (i + 1) % Lanes) *at = Storage<Element>::narrow(fmaf((along[i] - lift) * down1, down, spoil));
         }
       });
     }
   }
 
-  __syncwarp();
+  sync_positions<Lanes>();
   float* const to = reinterpret_cast<float*>(args.energy.data) + first * k;
   const float per_position = 1.0f / static_cast<float>(k);
-  for (int index = lane; index < positions * k; index += 32) {
-    const int position = quotient(index, per_position);
-    to[index] = energies[position * (k | 1) + index - position * k];
+  for (int index = thread; index < positions * k; index += Positions::kThreads) {
+    const int at = quotient(index, per_position);
+    to[index] = energies[at * (k | 1) + index - at * k];
   }
 }
 
-// Warps each take 32 positions.
-constexpr int kWarps = 2;
+// Lanes warps share 32 positions; so many such are a block.
+template <int Lanes>
+constexpr int kSets = Lanes == 1 ? 2 : 1;
 
-template <int K>
-constexpr int kWarpFloats = 32 * kRowStride + WarpTile<K>::kFloats;
+template <int K, int Lanes>
+constexpr int kSetFloats = Rows<Lanes>::kFloats + Tile<K, Lanes>::kFloats;
 
-template <int K>
-__global__ void __launch_bounds__(32 * kWarps) compress_thread(const __grid_constant__ CompressThread args) {
+template <int K, int Lanes>
+__global__ void __launch_bounds__(32 * Lanes * kSets<Lanes>) compress_thread(const __grid_constant__ CompressThread args) {
   extern __shared__ float4 shared_memory[];
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * 32;
+  constexpr int kThreads = 32 * Lanes;
+  const int set = static_cast<int>(threadIdx.x) / kThreads, thread = static_cast<int>(threadIdx.x) % kThreads;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kSets<Lanes> + set) * 32;
   if (first >= args.x.view.size[1]) return;
-  compress_warp<K>(args, reinterpret_cast<float*>(shared_memory) + warp * kWarpFloats<K>, first);
+  compress_positions<K, Lanes>(args, reinterpret_cast<float*>(shared_memory) + set * kSetFloats<K, Lanes>, thread, first);
 }
 
-// The most columns n − 1: registers do not hold 8.
-constexpr int kThreadColumns = 7;
+// The most columns n − 1: registers do not hold 8. The most ranks: 4 lanes'.
+constexpr int kThreadColumns = 7, kThreadRanks = 4 * kRanks;
 
-template <int K>
+template <int K, int Lanes>
 void launch_thread(const Queue& queue, const CompressThread& args) {
-  const Grid grid{blocks(args.x.view.size[1], 32 * kWarps), 32 * kWarps, sizeof(float) * kWarps * kWarpFloats<K>};
-  queue.launch(grid, compress_thread<K>, args);
+  constexpr int kEach = kSets<Lanes>;
+  const Grid grid{blocks(args.x.view.size[1], 32 * kEach), 32 * Lanes * kEach, sizeof(float) * kEach * kSetFloats<K, Lanes>};
+  queue.launch(grid, compress_thread<K, Lanes>, args);
 }
 
-// n − 1 columns, in room for the next of 4, 6 and 7.
+// n − 1 columns, in room for the next of 4, 6 and 7; for 7 where a position has several lanes.
 inline void launch_thread(const Queue& queue, const CompressThread& args) {
-  const int k = args.n - 1;
-  const auto launch = k <= 4 ? launch_thread<4> : k <= 6 ? launch_thread<6> : launch_thread<7>;
+  const int64_t k = args.n - 1, r = args.x.view.size[2];
+  const auto launch = r > 2 * kRanks ? launch_thread<7, 4>
+                      : r > kRanks   ? launch_thread<7, 2>
+                      : k <= 4       ? launch_thread<4, 1>
+                      : k <= 6       ? launch_thread<6, 1>
+                                     : launch_thread<7, 1>;
   launch(queue, args);
 }
 
