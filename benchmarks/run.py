@@ -80,8 +80,10 @@ def machine(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def slug(about: dict[str, Any]) -> str:
+    """A file's name. CPUs of a name differ in what they can do: virtual machines hide which one it is."""
     words = re.sub(r"\((r|tm)\)|@.*", "", about["cpu"].lower())
-    return "-".join(re.findall(r"[a-z0-9]+", f"{words} {about['cores']} cores"))
+    best = about["instruction_sets"][-1] if about["instruction_sets"] else ""
+    return "-".join(re.findall(r"[a-z0-9_]+", f"{words} {best} {about['cores']} cores"))
 
 
 def revision() -> str:

@@ -56,6 +56,13 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         report.load(old)
 
 
+def test_machines_of_a_name_are_told_apart() -> None:
+    about = {"cpu": "AMD EPYC", "cores": 2, "instruction_sets": ["avx2"]}
+    assert run.slug(about) == "amd-epyc-avx2-2-cores"
+    assert run.slug({**about, "instruction_sets": ["avx2", "avx512f"]}) == "amd-epyc-avx512f-2-cores"
+    assert run.slug({**about, "cpu": "Intel(R) Xeon(R) CPU @ 2.00GHz", "instruction_sets": []}) == "intel-xeon-cpu-2-cores"
+
+
 # ---------------------------------------------------------------- what is withheld
 
 BROKEN = """
