@@ -7,8 +7,12 @@ meant, 128-bit loads, asynchronous copies in pipelined loops; from the simulator
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -72,11 +76,27 @@ def facts(case: Case, target: str) -> list[dict[str, Any]]:
 
 
 COMPILED = [(case, target) for case in CASES for target in case.targets or triton_runs.TARGETS]
+IDS = [f"{case.name}-{target}" for case, target in COMPILED]
 
 
-@pytest.mark.parametrize("case, target", COMPILED, ids=[f"{case.name}-{target}" for case, target in COMPILED])
-def test_compiled(case: Case, target: str) -> None:
-    rows = facts(case, target)
+def facts_of(index: int) -> list[dict[str, Any]]:
+    return facts(*COMPILED[index])
+
+
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest) -> Iterator[Callable[[Case, str], list[dict[str, Any]]]]:
+    """`facts` of what the selected tests ask for, compiled by as many processes as there are cores."""
+    mine = [item for item in request.session.items if item.path == request.path]
+    asked = {item.callspec.id for item in mine if item.function.__name__ == "test_compiled"}
+    whole = any(item.function.__name__ == "test_table" for item in mine)
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        rows = {pair: pool.submit(facts_of, index) for index, pair in enumerate(COMPILED) if whole or IDS[index] in asked}
+        yield lambda case, target: rows[case, target].result()
+
+
+@pytest.mark.parametrize("case, target", COMPILED, ids=IDS)
+def test_compiled(case: Case, target: str, found: Callable[[Case, str], list[dict[str, Any]]]) -> None:
+    rows = found(case, target)
     for row in rows:
         assert row["spills"] == 0, row
         assert row["shared"] <= SHARED[target], row
@@ -108,10 +128,10 @@ def test_simulated(case: Case) -> None:
     assert 32 * sectors <= TRAFFIC * case.bytes, (32 * sectors, case.bytes, 32 * sectors / case.bytes)
 
 
-def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table(capsys: pytest.CaptureFixture[str], found: Callable[[Case, str], list[dict[str, Any]]]) -> None:
     """Prints what was compiled."""
     columns = ("case", "kernel", "arch", "registers", "spills", "shared", "mma", "wgmma", "wide", "async", "instructions")
-    rows = [row for case, target in COMPILED for row in facts(case, target)]
+    rows = [row for case, target in COMPILED for row in found(case, target)]
     widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in columns} if rows else {}
     with capsys.disabled():
         print()
