@@ -62,6 +62,11 @@ class Overload:
         return self.way is not None or self.device == "cuda"
 
     @property
+    def tf32x3(self) -> bool:
+        """Whether the LoRA forward multiplies fp32 as three products of TF32 values: of each, 2⁻²² may be missing."""
+        return self.backend == "triton" and (self.way == "ptxsim" or self.device == "cuda")
+
+    @property
     def handle(self) -> Any:
         if self.backend == "cuda" and self.way:
             simulator.load()

@@ -20,7 +20,7 @@ def rows_of_u(p: Problem, shape: Shape) -> Tensor:
     return u
 
 
-def check(p: Problem, u: Tensor, y: Tensor) -> None:
+def check(p: Problem, u: Tensor, y: Tensor, tf32x3: bool = False) -> None:
     """`y` is p.y after the op: right where a task is, the same bits elsewhere."""
     dtype = p.y.dtype
     assert_bits_kept(p.y[~p.active], y[~p.active], "rows of −1")
@@ -35,13 +35,13 @@ def check(p: Problem, u: Tensor, y: Tensor) -> None:
     lora_inputs.assert_rule("y", y[p.active], exact, updated(p.in_dtype(dtype), u.to(dtype)), dtype)
     if dtype not in LOW:
         terms = p.basis_b.shape[2] * p.basis_b.shape[0]
-        lora_inputs.assert_accumulated("y", y[p.active], exact, updated(magnitudes(wide), u.double().abs()), terms)
+        lora_inputs.assert_accumulated("y", y[p.active], exact, updated(magnitudes(wide), u.double().abs()), terms, tf32x3)
 
 
 def check_run(run: ops.Overload, p: Problem, u: Tensor) -> None:
     before = p.change(y=p.y.clone())
     assert run(*p.expand(u)) is None
-    check(before, u, p.y)
+    check(before, u, p.y, run.tf32x3)
 
 
 @lora_inputs.each("lora_expand_", SHAPES, isas=True, ids=True)
@@ -62,7 +62,7 @@ def test_slice_of_a_fused_projection(run: ops.Overload, dtype: torch.dtype, shap
         before = wide.clone()
         q = p.change(y=wide[:, first:last])
         run(*q.expand(u))
-        check(q.change(y=before[:, first:last]), u, wide[:, first:last])
+        check(q.change(y=before[:, first:last]), u, wide[:, first:last], run.tf32x3)
         assert_bits_kept(before[:, :first], wide[:, :first], "columns on the left")
         assert_bits_kept(before[:, last:], wide[:, last:], "columns on the right")
 

@@ -53,10 +53,13 @@ def _cast(builder: Any, src: Any, dst_type: Any) -> Any:
 
 
 def _dot(builder: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
-    """The interpreter's own, but that operands in bf16, which it keeps as integers and would multiply as such, are widened."""
+    """The interpreter's own, but that operands in bf16, which it keeps as integers and would multiply as such, are widened, and
+    that products are summed in fp64: in what order numpy's BLAS adds depends on the CPU, and then a Gram matrix need not be
+    symmetric to the bit."""
     if a.dtype.scalar == tl.bfloat16:
         a, b = _own_cast(builder, a, tl.float32), _own_cast(builder, b, tl.float32)
-    return _own_dot(builder, a, b, d, *how)
+    product = np.matmul(a.data, b.data, dtype=np.float64)
+    return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
 
 _own_cast = interpreter.InterpreterBuilder.cast_impl

@@ -194,15 +194,19 @@ __device__ __forceinline__ void mma(float (&sum)[4], uint2 a0, uint2 a8, uint2 b
   }
 }
 
-// sum += A B of one step, small terms first. Without the smallest, fp32 would be off by half a dozen roundings. `b` of 16-bit
-// values is one operand, or the sum of two.
+// sum += A B of one step, small terms first. Without the smallest, fp32 would be off by half a dozen roundings; and tensor
+// cores cut their sums off, so that those of a step are added to the others by fp32's own addition. `b` of 16-bit values is one
+// operand, or the sum of two.
 template <class T>
 __device__ __forceinline__ void multiply(float (&sum)[4], const Operand<T>& a0, const Operand<T>& a8, const Halves& b) {
   if constexpr (sizeof(T) == 4) {
-    mma<T>(sum, a0.low, a8.low, b.low);
-    mma<T>(sum, a0.low, a8.low, b.high);
-    mma<T>(sum, a0.high, a8.high, b.low);
-    mma<T>(sum, a0.high, a8.high, b.high);
+    float step[4] = {};
+    mma<T>(step, a0.low, a8.low, b.low);
+    mma<T>(step, a0.low, a8.low, b.high);
+    mma<T>(step, a0.high, a8.high, b.low);
+    mma<T>(step, a0.high, a8.high, b.high);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += step[i];
   } else {
     mma<T>(sum, a0, a8, b.low);
     mma<T>(sum, a0, a8, b.high);

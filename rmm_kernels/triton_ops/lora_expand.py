@@ -109,7 +109,7 @@ def expand_kernel(
                     reads_c = d < tl.where(k == 0, 0, width)
                     at_c = weights + tl.cast(k - 1, tl.int64) * coeff_k
                     # 1 where there is none: a select after the load, without which fp32's c lies in shared memory unswizzled.
-                    c = tl.load(at_c, mask=active[:, None] & reads_c[None, :], other=1)
+                    c = tl.load(at_c, mask=active[:, None] & reads_c[None, :], other=1.0)
                     product *= c.to(tl.float32)
                 sums += product
         if y.dtype.element_ty == tl.float16:
