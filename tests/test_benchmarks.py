@@ -124,8 +124,8 @@ def result(*ratios: float, count: int = 1000, compiler: str = "1", withheld: tup
     [
         (result(10, 10.1, 9.9), None),
         (result(20, 20, 20), None),
-        (result(8.9, 8.9, 8.9), None),  # within what runs of one build differ by
-        (result(8.0, 8.1, 7.9), "w: 10.00 → 8.00 times peer, noise allows 15%"),
+        (result(6.4, 6.4, 6.4), None),  # within what runs of one build differ by
+        (result(6.0, 6.1, 5.9), "w: 10.00 → 6.00 times peer, noise allows 37%"),
         (result(8.0, 12.0, 5.0), None),  # this machine is too noisy to say
         (result(10, 10, 10, count=1029), None),
         (result(10, 10, 10, count=1031), "kernel: 1,000 → 1,031 instructions, +3.1%"),
@@ -135,6 +135,15 @@ def result(*ratios: float, count: int = 1000, compiler: str = "1", withheld: tup
 )
 def test_regressions(new: dict[str, Any], finds: str | None) -> None:
     assert guard.regressions(result(10, 10, 10), new) == ([] if finds is None else [finds])
+
+
+def test_noise_of_two_runs() -> None:
+    def rows(*ratios: float) -> dict[str, Any]:
+        return {"rows": [{"workload": str(i), "peers": {"peer": {"ratio_by_turn": [r, r]}}} for i, r in enumerate(ratios)]}
+
+    same, falling = rows(*[8.0] * 21), rows(*(8 * 0.9**i for i in range(21)))
+    assert guard.noise(same, falling) == pytest.approx((1 - 0.9**10, 1 - 0.9**19))
+    assert guard.noise(rows(4, 4), rows(5, 5)) == guard.noise(rows(5, 5), rows(4, 4)) == pytest.approx((0.2, 0.2))
 
 
 def test_tolerance_grows_with_noise() -> None:
