@@ -1,10 +1,14 @@
-"""Adapters for tests: the real ones, their cut in tests/data, synthetic ones of any kind; and a small model that has some."""
+"""Adapters for tests: the real ones, their cut in tests/data, synthetic ones of any kind; a small model that has some.
+
+And tables of what tests measured."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,31 @@ from rmm_kernels.modules import Attachment
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # for `benchmarks`; at the end, for its rmm_kernels is the sources, without what was compiled
+
+# Workers of pytest-xdist share the cores.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+AddRow = Callable[[Mapping[str, Any]], None]
+
+
+@pytest.fixture
+def add_row(record_property: Callable[[str, object], None]) -> AddRow:
+    """Adds a row to the table that pytest prints at its end for the test's file, unless it is to be quiet (-q)."""
+    return lambda row: record_property("row", dict(row))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    tables: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
+        tables[report.location[0]] += [row for name, row in report.user_properties if name == "row"]
+    for file, rows in sorted(tables.items()):
+        if rows and terminalreporter.verbosity >= 0:
+            terminalreporter.section(file)
+            widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
+            for values in [list(widths), *sorted([str(row[key]) for key in widths] for row in rows)]:
+                cells = (value.ljust(width) for value, width in zip(values, widths.values(), strict=True))
+                terminalreporter.line("  ".join(cells).rstrip())
+
 
 Shapes = Mapping[str, tuple[int, int]]
 

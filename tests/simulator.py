@@ -132,7 +132,7 @@ def build(sources: Path) -> Path:
     What nvcc makes of a file is kept for as long as neither it nor a header that it includes changes.
     """
     files = [*sorted(sources.glob("*.cu")), sources / "simulated.cpp"]
-    with ThreadPoolExecutor(2) as pool:
+    with ptxsim.building(), ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(_compiled, files))
     target = _kept("rmm", *LINK, *(folder.name for folder in compiled))
     if not target.exists():

@@ -23,7 +23,8 @@ from benchmarks import guard, models, report, run, scaling, workloads  # noqa: E
 
 def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600)
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not a worker of pytest-xdist
+    return subprocess.run(command, cwd=ROOT, env={**ours, **environment}, capture_output=True, text=True, timeout=600)
 
 
 # ---------------------------------------------------------------- what is shown

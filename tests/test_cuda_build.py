@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import AddRow
 
 import rmm_kernels
 
@@ -75,12 +76,11 @@ def test_every_arch_has_every_kernel() -> None:
     assert len(usages()) == len(archs) * len({usage.kernel for usage in usages()})
 
 
-def test_nothing_spills_and_registers_are_as_meant() -> None:
-    """No stack and no local memory, so no spill; prints the table."""
-    print()
+def test_nothing_spills_and_registers_are_as_meant(add_row: AddRow) -> None:
+    """No stack and no local memory, so no spill."""
     wrong = []
-    for usage in sorted(usages(), key=lambda u: (u.kernel, u.arch)):
-        print(f"{usage.kernel:80.80} {usage.arch:7} {usage.registers:4} registers {usage.stack:3} stack")
+    for usage in usages():
+        add_row(asdict(usage))
         most = next((limit for name, limit in REGISTERS.items() if re.search(rf"\d{name}[IE]", usage.kernel)), 255)
         if usage.stack or usage.local or usage.registers > most:
             wrong.append(usage)

@@ -2,30 +2,25 @@
 
 Gates, per case of triton_cases.CASES: no spills, shared memory within the limit, tensor-core instructions where a product is
 meant, 128-bit loads, asynchronous copies in pipelined loops; from the simulator coalescing, bank conflicts and bytes moved.
-`python -m pytest tests/test_triton_aot.py -k table` prints the table.
+`pytest tests/test_triton_aot.py -k compiled` prints the table (see conftest.py).
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache
-from multiprocessing import get_context
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 import triton_runs
+from conftest import AddRow
 from ops import one_thread  # noqa: F401
 from triton_cases import CASES as COMPRESSION
 from triton_cases import Case
 from triton_lora_cases import CASES as FORWARD
 
 from benchmarks import aot
-from rmm_kernels.triton_ops._launch import Launch
 
 CASES = [*COMPRESSION, *FORWARD]
 
@@ -49,19 +44,10 @@ CONFLICTS = 1.2
 TRAFFIC = 1.1
 
 
-@cache
-def launches(case: Case, target: str) -> tuple[Launch, ...]:
-    """What a case launches on `target`; nothing runs."""
-    collected = aot.launches(case.call, target)
-    assert collected, f"{case.name} launches nothing"
-    return tuple(collected)
-
-
-@cache
 def facts(case: Case, target: str) -> list[dict[str, Any]]:
     """One row for each kernel that the case launches."""
     rows = []
-    for what in launches(case, target):
+    for what in aot.launches(case.call, target):
         kernel = aot.compiled(what, target)
         text = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
         code = re.sub(r"//.*|\s;.*", "", text) if "ptx" in kernel.asm else text
@@ -72,32 +58,18 @@ def facts(case: Case, target: str) -> list[dict[str, Any]]:
         row["async"] = len(re.findall(ASYNCHRONOUS, code))
         row["instructions"] = len(re.findall(r"^\s+(?:@!?%p\d+ )?[a-z][\w.]+[ \t;]", code, re.MULTILINE))
         rows.append(row)
+    assert rows, f"{case.name} launches nothing"
     return rows
 
 
 COMPILED = [(case, target) for case in CASES for target in case.targets or triton_runs.TARGETS]
-IDS = [f"{case.name}-{target}" for case, target in COMPILED]
 
 
-def facts_of(index: int) -> list[dict[str, Any]]:
-    return facts(*COMPILED[index])
-
-
-@pytest.fixture(scope="module")
-def found(request: pytest.FixtureRequest) -> Iterator[Callable[[Case, str], list[dict[str, Any]]]]:
-    """`facts` of what the selected tests ask for, compiled by as many processes as there are cores."""
-    mine = [item for item in request.session.items if item.path == request.path]
-    asked = {item.callspec.id for item in mine if item.function.__name__ == "test_compiled"}
-    whole = any(item.function.__name__ == "test_table" for item in mine)
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        rows = {pair: pool.submit(facts_of, index) for index, pair in enumerate(COMPILED) if whole or IDS[index] in asked}
-        yield lambda case, target: rows[case, target].result()
-
-
-@pytest.mark.parametrize("case, target", COMPILED, ids=IDS)
-def test_compiled(case: Case, target: str, found: Callable[[Case, str], list[dict[str, Any]]]) -> None:
-    rows = found(case, target)
+@pytest.mark.parametrize("case, target", COMPILED, ids=[f"{case.name}-{target}" for case, target in COMPILED])
+def test_compiled(case: Case, target: str, add_row: AddRow) -> None:
+    rows = facts(case, target)
     for row in rows:
+        add_row(row)
         assert row["spills"] == 0, row
         assert row["shared"] <= SHARED[target], row
     total = {key: sum(row[key] for row in rows) for key in ("mma", "wgmma", "wide", "async")}
@@ -126,15 +98,3 @@ def test_simulated(case: Case) -> None:
                 assert efficiency >= COALESCING, (counts["kernel"], access, efficiency)
         sectors += sum(counts["global"][kind]["sectors"] for kind in ("load", "store"))
     assert 32 * sectors <= TRAFFIC * case.bytes, (32 * sectors, case.bytes, 32 * sectors / case.bytes)
-
-
-def test_table(capsys: pytest.CaptureFixture[str], found: Callable[[Case, str], list[dict[str, Any]]]) -> None:
-    """Prints what was compiled."""
-    columns = ("case", "kernel", "arch", "registers", "spills", "shared", "mma", "wgmma", "wide", "async", "instructions")
-    rows = [row for case, target in COMPILED for row in found(case, target)]
-    widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in columns} if rows else {}
-    with capsys.disabled():
-        print()
-        for row in [dict(zip(columns, columns, strict=True)), *rows]:
-            print("  ".join(str(row[key]).ljust(widths.get(key, 0)) for key in columns))
-    assert len(rows) >= len(COMPILED)

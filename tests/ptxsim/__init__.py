@@ -8,6 +8,7 @@ See README.md for what is modelled and what is not.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -60,18 +62,27 @@ def _processor():
         return ""
 
 
+@contextmanager
+def building():
+    """What is built inside and kept in the cache folder is built by one process at a time: the others wait, and find it."""
+    with open(_cache_dir() / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _compile_core():
     digest = hashlib.sha256((" ".join(_FLAGS) + _processor()).encode())
     for name in _SOURCES:
         digest.update((_SOURCE_DIR / name).read_bytes())
     target = _cache_dir() / f"ptxsim-{digest.hexdigest()[:16]}.so"
-    if not target.exists():
-        fresh = target.with_suffix(f".{os.getpid()}.tmp")
-        command = [os.environ.get("CXX", "g++"), *_FLAGS, str(_SOURCE_DIR / "ptxsim.cpp"), "-o", str(fresh)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"compiling the simulator failed:\n{done.stderr[-4000:]}")
-        os.replace(fresh, target)
+    with building():
+        if not target.exists():
+            fresh = target.with_suffix(f".{os.getpid()}.tmp")
+            command = [os.environ.get("CXX", "g++"), *_FLAGS, str(_SOURCE_DIR / "ptxsim.cpp"), "-o", str(fresh)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"compiling the simulator failed:\n{done.stderr[-4000:]}")
+            os.replace(fresh, target)
     return target
 
 
