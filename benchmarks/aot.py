@@ -1,15 +1,27 @@
-"""What the Triton launchers launch, compiled ahead of time for an architecture that need not be here."""
+"""What the Triton launchers launch, compiled ahead of time for an architecture that need not be here.
+
+    python -m benchmarks.aot [--arch sm_80 ...] [-k WORDS]
+
+compiles every case that tests/test_triton_aot.py gates, with whichever Triton is first on the path (`PYTHONPATH=DIR` after `pip
+install --target DIR triton==3.4.0`), and says which do not compile, or spill. Each case has a process of its own: some
+versions' compilers end theirs.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -93,3 +105,58 @@ def resources(kernel: Any) -> dict[str, int]:
         ).stdout
     found = {key: int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
     return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"], "shared": kernel.metadata.shared}
+
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+def shipped() -> dict[str, Callable[[], object]]:
+    """By name, the calls that tests/test_triton_aot.py compiles."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import triton_cases
+    import triton_lora_cases
+
+    return {case.name: case.call for case in (*triton_cases.CASES, *triton_lora_cases.CASES)}
+
+
+def compile_case(name: str, arch: str) -> None:
+    """Prints what each kernel of the case takes; in a process of its own."""
+    for what in launches(shipped()[name], arch):
+        found = resources(compiled(what, arch))
+        print(what.kernel.__name__, *(f"{key}={value}" for key, value in found.items()))
+
+
+def attempt(name: str, arch: str) -> bool:
+    """Prints what became of the case, in a row; whether it compiled and spills nothing."""
+    command = [sys.executable, "-m", "benchmarks.aot", "--one", name, "--arch", arch]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
+    if done.returncode:
+        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        state, rows = f"FAILED ({done.returncode})", [*said[-1:]]
+    else:
+        rows = done.stdout.splitlines()
+        state = "spills" if any(not row.count("spills=0") for row in rows) else "ok"
+    print(f"{state:12}{arch:8}{name}: {'; '.join(rows)}", flush=True)
+    return state == "ok"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", nargs="+", default=ARCHS, help=f"what to compile for ({' '.join(ARCHS)})")
+    parser.add_argument("-k", metavar="WORDS", default="", help="only cases whose name has this in it")
+    parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        compile_case(arguments.one, arguments.arch[0])
+        return 0
+    print(f"Triton {triton.__version__}")
+    asked = [(name, arch) for name in shipped() if arguments.k in name for arch in arguments.arch]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        fine = list(pool.map(lambda pair: attempt(*pair), asked))
+    print(f"{fine.count(True)} of {len(fine)} compile and spill nothing")
+    return 0 if all(fine) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,12 +7,13 @@ GPU) is timed by events instead, and the table says so. Before it is timed, ever
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
+import inspect
 import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -74,15 +75,23 @@ def gather_bmm(arguments: tuple[Tensor, ...], factors: tuple[Tensor, Tensor]) ->
     return call
 
 
+def accepted(function: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
+    """Those of the arguments that `function` has: other projects' versions add and drop some."""
+    taken = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in taken}
+
+
 def vllm(arguments: tuple[Tensor, ...], factors: tuple[Tensor, Tensor]) -> Call:
+    """vLLM's kernels as its punica wrapper calls them (0.33), the tasks' scaling in lora_b, where its loader puts it."""
     from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
 
-    y, x, *_, ids, _ = arguments
+    y, x, *_, ids, scaling = arguments
     lora_a, lora_b = factors
+    lora_b = lora_b * scaling[:, None, None].to(lora_b.dtype)
     meta = LoRAKernelMeta.make(len(lora_a), len(x), device=x.device)
     meta.prepare_tensors(ids.int())
     u = torch.zeros(1, len(x), lora_a.shape[1], dtype=torch.float32, device=x.device)
-    how = meta.meta_args(len(x), False)
+    how = meta.meta_args(**accepted(meta.meta_args, token_nums=len(x), specialize_active_lora=True))
 
     def call() -> None:
         lora_shrink(x, [lora_a], u, *how, 1.0)
@@ -91,31 +100,53 @@ def vllm(arguments: tuple[Tensor, ...], factors: tuple[Tensor, Tensor]) -> Call:
     return call
 
 
+def sglang_kernel(file: str, name: str) -> Any:
+    """From where the installed version keeps it: 0.5.23 in a module each, older ones all together."""
+    try:
+        module = importlib.import_module(f"sglang.kernels.ops.lora.dense.{file}")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("sglang"):
+            raise
+        module = importlib.import_module("sglang.srt.lora.triton_ops")
+    return getattr(module, name)
+
+
 def sglang(arguments: tuple[Tensor, ...], factors: tuple[Tensor, Tensor]) -> Call:
-    """SGLang's segmented kernels; tokens that follow one another with one task are a segment, as a request's are there."""
-    from sglang.srt.lora.triton_ops import sgemm_lora_a_fwd, sgemm_lora_b_fwd
+    """SGLang's default backend (csgmv, 0.5.23): tokens sorted by task, which is not timed, and cut into its chunks of 16."""
     from sglang.srt.lora.utils import LoRABatchInfo
 
+    shrink = sglang_kernel("chunked_sgmv_shrink", "chunked_sgmv_lora_shrink_forward")
+    expand = sglang_kernel("chunked_sgmv_expand", "chunked_sgmv_lora_expand_forward")
     y, x, *_, ids, scaling = arguments
     lora_a, lora_b = factors
-    tasks, lengths = ids.unique_consecutive(return_counts=True)
-    known = {
-        "use_cuda_graph": True,
-        "bs": len(tasks),
-        "num_segments": len(tasks),
-        "seg_lens": lengths.int(),
-        "seg_indptr": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int(),
-        "weight_indices": tasks.int(),
-        "max_len": int(lengths.max()),
-        "lora_ranks": torch.full((len(lora_a),), lora_a.shape[1], dtype=torch.int32, device=x.device),
-        "scalings": scaling,
-        "permutation": None,
-    }
-    # Fields come and go with its versions; those without a default are all among these.
-    info = LoRABatchInfo(**{field.name: known[field.name] for field in fields(LoRABatchInfo) if field.name in known})
+    chunk, out = 16, lora_b.shape[1]
+    order = ids.argsort(stable=True)
+    tasks, lengths = ids[order].unique_consecutive(return_counts=True)
+    chunks = (lengths + chunk - 1) // chunk
+    first = chunks.cumsum(0) - chunks  # of each task
+    within = torch.arange(int(chunks.sum()), device=x.device) - first.repeat_interleave(chunks)
+    begins = (lengths.cumsum(0) - lengths).repeat_interleave(chunks) + chunk * within
+    info = LoRABatchInfo(
+        **accepted(
+            LoRABatchInfo,
+            use_cuda_graph=True,
+            bs=len(begins),
+            num_segments=len(begins),
+            seg_indptr=torch.cat([begins, begins.new_tensor([len(x)])]).int(),
+            weight_indices=tasks.repeat_interleave(chunks).int(),
+            lora_ranks=torch.full((len(lora_a),), lora_a.shape[1], dtype=torch.int32, device=x.device),
+            scalings=scaling,
+            max_len=chunk,
+            seg_lens=None,
+            permutation=order.int(),
+        )
+    )
+    offsets = torch.tensor([0, out], dtype=torch.int32)
+    more = accepted(expand, slice_offsets_cpu=offsets)
+    offsets = offsets.to(x.device)
 
-    def call() -> Tensor:
-        return sgemm_lora_b_fwd(sgemm_lora_a_fwd(x, lora_a, info), lora_b, info, y)
+    def call() -> None:
+        expand(shrink(x, lora_a, info, 1), lora_b, info, offsets, out, y, **more)
 
     return call
 
@@ -160,17 +191,27 @@ def attempt(make: Callable[[], Call]) -> dict[str, Any]:
     """Another one's kernel, or why it was not timed."""
     try:
         return cold(make())
-    except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except (ImportError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
-def check_forward(arguments: tuple[Tensor, ...]) -> None:
-    """Close to the reference in fp32."""
-    y, *rest = (value.clone() for value in arguments)
-    expected = y.float()
+def check_forward(call: Callable[[tuple[Tensor, ...]], Any], arguments: tuple[Tensor, ...]) -> None:
+    """What `call` adds to y is close to what the reference adds in fp32."""
+    y, *rest = arguments
+    y, expected = y.clone(), y.float()
     reference.lora_forward_(expected, *(value.float() if value.is_floating_point() else value for value in rest))
-    rmm_kernels.lora_forward_(y, *rest)
-    assert (y.float() - expected).norm() <= 1e-2 * expected.norm(), "lora_forward_ is wrong: nothing is timed"
+    call((y, *rest))
+    error, size = float((y.float() - expected).norm()), float((expected - arguments[0].float()).norm())
+    assert error <= 2e-2 * size, f"the forward is wrong by {error / size:.2g} of what it adds: not timed"
+
+
+Peer = Callable[[tuple[Tensor, ...], tuple[Tensor, Tensor]], Call]
+
+
+def peer(make: Peer, arguments: tuple[Tensor, ...], factors: tuple[Tensor, Tensor]) -> Call:
+    """The peer's forward, checked."""
+    check_forward(lambda own: make(own, factors)(), arguments)
+    return make(arguments, factors)
 
 
 def check_compress(x: Tensor) -> None:
@@ -181,19 +222,21 @@ def check_compress(x: Tensor) -> None:
     assert (error <= best * 1.01 + 1e-9 * energy.sum(1)).all(), "compress is wrong: nothing is timed"
 
 
+PEERS: dict[str, Peer] = {"gather + bmm": gather_bmm, "vllm": vllm, "sglang": sglang}
+
+
 def measure() -> dict[str, Any]:
     rows = []
     for r in (16, 64):
         for tokens, n in FORWARD:
             arguments = forward_inputs(tokens, n, r, "cuda")
-            check_forward(arguments)
+            check_forward(lambda own: rmm_kernels.lora_forward_(*own), arguments)
             factors = restored(arguments)
             row = {"op": "lora_forward_", "shape": f"T={tokens} n={n} r={r} p={COMPONENTS} d={WIDTH} bf16"}
             row["ours"] = cold(lambda a=arguments: rmm_kernels.lora_forward_(*a))
-            row["gather + bmm"] = attempt(lambda a=arguments, f=factors: gather_bmm(a, f))
-            for name, make in (("vllm", vllm), ("sglang", sglang)):
-                if importlib.util.find_spec(name):
-                    row[name] = attempt(lambda make=make, a=arguments, f=factors: make(a, f))
+            for name, make in PEERS.items():
+                if make is gather_bmm or importlib.util.find_spec(name):
+                    row[name] = attempt(lambda make=make, a=arguments, f=factors: peer(make, a, f))
             rows.append(row)
     for r, n in COMPRESS:
         x = torch.randn(n, POSITIONS, r, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
@@ -231,12 +274,8 @@ def rehearse() -> None:
     """What `measure` does to inputs and results, small, on the CPU, with nothing timed."""
     for tokens, n in ((1, 4), (300, 2)):
         arguments = forward_inputs(tokens, n, 16, "cpu", width=64)
-        check_forward(arguments)
-        factors = restored(arguments)
-        y = arguments[0].clone()
-        gather_bmm((y, *arguments[1:]), factors)()
-        rmm_kernels.lora_forward_(*arguments)
-        assert (y.float() - arguments[0].float()).norm() <= 2e-2 * arguments[0].float().norm()
+        check_forward(lambda own: rmm_kernels.lora_forward_(*own), arguments)
+        peer(gather_bmm, arguments, restored(arguments))()
     x = torch.randn(8, 50, 16, generator=torch.Generator().manual_seed(0))
     check_compress(x)
     compress_svd(x)()

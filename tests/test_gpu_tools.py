@@ -19,7 +19,6 @@ from lora_inputs import FEW_SHAPES, problem
 from ops import assert_same_bits, one_thread  # noqa: F401
 from test_lora_forward import check
 
-import rmm_kernels
 from benchmarks import gpu, tune
 from rmm_kernels.triton_ops import lora, lora_forward
 from rmm_kernels.triton_ops.lora import Config, Row
@@ -51,50 +50,134 @@ def test_model_prints_its_tables() -> None:
     assert all(name in done.stdout for name in ("A100", "H100", "H200", "B200", "n=1000", "**0."))
 
 
-def test_sglang_kernels_get_what_they_expect(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of SGLang, the same in plain torch: segment by segment, in the form that its kernels read."""
+def installed(monkeypatch: pytest.MonkeyPatch, **modules: dict[str, object]) -> None:
+    """Modules by name, "__" for a dot, with these members; and the packages that they are in."""
+    for name, members in modules.items():
+        parts = name.split("__")
+        for depth in range(1, len(parts)):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:depth]), ModuleType(parts[depth - 1]))
+        module = ModuleType(parts[-1])
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, ".".join(parts), module)
 
-    @dataclass
-    class LoRABatchInfo:
-        bs: int
-        seg_lens: torch.Tensor
-        seg_indptr: torch.Tensor
-        weight_indices: torch.Tensor
-        scalings: torch.Tensor
-        max_len: int
-        lora_ranks: torch.Tensor
-        permutation: torch.Tensor | None
-        has_active_lora: bool = False
 
-    def segments(info: LoRABatchInfo) -> Iterator[tuple[slice, int]]:
-        for i in range(info.bs):
-            begin, length, task = (int(v[i]) for v in (info.seg_indptr, info.seg_lens, info.weight_indices))
-            assert 0 < length <= info.max_len
-            yield slice(begin, begin + length), task
-
-    def shrink(x: torch.Tensor, lora_a: torch.Tensor, info: LoRABatchInfo) -> torch.Tensor:
-        u = x.new_empty(len(x), lora_a.shape[1])
-        for rows, task in segments(info):
-            u[rows] = x[rows] @ lora_a[task].T
-        return u
-
-    def expand(u: torch.Tensor, lora_b: torch.Tensor, info: LoRABatchInfo, y: torch.Tensor) -> torch.Tensor:
-        for rows, task in segments(info):
-            y[rows] += u[rows] @ lora_b[task].T * info.scalings[task].to(y.dtype)
-        return y
-
-    ops_module, utils = ModuleType("sglang.srt.lora.triton_ops"), ModuleType("sglang.srt.lora.utils")
-    ops_module.sgemm_lora_a_fwd, ops_module.sgemm_lora_b_fwd, utils.LoRABatchInfo = shrink, expand, LoRABatchInfo
-    for module in (ops_module, utils):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    for name in ("sglang", "sglang.srt", "sglang.srt.lora"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+def check_peer(make: gpu.Peer) -> None:
     for tokens, n in ((5, 3), (300, 4)):
         arguments = gpu.forward_inputs(tokens, n, 16, "cpu", width=64)
-        y = arguments[0].clone()
-        gpu.sglang((y, *arguments[1:]), gpu.restored(arguments))()
-        rmm_kernels.lora_forward_(*arguments)
-        assert (y.float() - arguments[0].float()).norm() <= 2e-2 * arguments[0].float().norm()
+        gpu.peer(make, arguments, gpu.restored(arguments))()
+
+
+def test_vllm_kernels_get_what_they_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of vLLM 0.33, the same signatures in plain torch, task by task of what its metadata sorts."""
+
+    class LoRAKernelMeta:
+        @staticmethod
+        def make(max_loras: int, max_num_tokens: int, device: object) -> LoRAKernelMeta:
+            meta = LoRAKernelMeta()
+            meta.room = max_loras, max_num_tokens
+            return meta
+
+        def prepare_tensors(self, token_lora_mapping: torch.Tensor) -> None:
+            self.mapping = token_lora_mapping
+            self.ids, self.counts = token_lora_mapping.unique(return_counts=True)
+            assert int(self.ids.max()) < self.room[0] and len(token_lora_mapping) <= self.room[1]
+
+        def meta_args(self, token_nums: int, specialize_active_lora: bool) -> tuple[torch.Tensor, ...]:
+            assert token_nums == len(self.mapping)
+            order = self.mapping.argsort(stable=True)
+            starts = torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
+            none, active = torch.tensor([False]), torch.tensor([len(self.ids)])
+            return self.mapping, order, self.counts, starts, self.ids, none, active
+
+    def shrink(x: torch.Tensor, lora_a: list[torch.Tensor], u: torch.Tensor, *how: object) -> None:
+        _, order, counts, starts, ids, _, _, scaling = how
+        for task, count, start in zip(ids, counts, starts, strict=False):
+            rows = order[start : start + count]
+            u[0, rows] = (x[rows] @ lora_a[0][task].T).float() * scaling
+
+    def expand(
+        u: torch.Tensor, lora_b: list[torch.Tensor], y: torch.Tensor, *how: object, offset_start: int, add_inputs: bool
+    ) -> None:
+        _, order, counts, starts, ids, _, _ = how
+        assert offset_start == 0 and add_inputs
+        for task, count, start in zip(ids, counts, starts, strict=False):
+            rows = order[start : start + count]
+            y[rows] += u[0, rows].to(y.dtype) @ lora_b[0][task].T
+
+    members = {"LoRAKernelMeta": LoRAKernelMeta, "lora_shrink": shrink, "lora_expand": expand}
+    installed(monkeypatch, vllm__lora__ops__triton_ops=members)
+    check_peer(gpu.vllm)
+
+
+@dataclass
+class LoRABatchInfo:
+    """SGLang's, of its fields those without a default."""
+
+    use_cuda_graph: bool
+    bs: int
+    num_segments: int
+    seg_indptr: torch.Tensor
+    weight_indices: torch.Tensor
+    lora_ranks: torch.Tensor
+    scalings: torch.Tensor
+    max_len: int | None
+    seg_lens: torch.Tensor | None
+    permutation: torch.Tensor | None = None
+
+    def segments(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """The rows of each segment, and its task."""
+        for i in range(self.num_segments):
+            begin, end = self.seg_indptr[i : i + 2]
+            assert 0 < end - begin <= self.max_len
+            yield self.permutation[begin:end], int(self.weight_indices[i])
+
+
+@pytest.mark.parametrize("version", ["old", "new"])
+def test_sglang_kernels_get_what_they_expect(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """In place of SGLang 0.5.23, and of versions before it, the same signatures in plain torch, chunk by chunk."""
+
+    def shrink(x: torch.Tensor, weights: torch.Tensor, batch_info: LoRABatchInfo, num_slices: int) -> torch.Tensor:
+        assert num_slices == 1
+        u = x.new_full((len(x), weights.shape[1]), torch.nan)
+        for rows, task in batch_info.segments():
+            u[rows] = x[rows] @ weights[task].T
+        return u
+
+    def expand(
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        batch_info: LoRABatchInfo,
+        slice_offsets: torch.Tensor,
+        max_slice_size: int,
+        base_output: torch.Tensor,
+    ) -> torch.Tensor:
+        assert slice_offsets.tolist() == [0, max_slice_size] == [0, weights.shape[1]]
+        for rows, task in batch_info.segments():
+            base_output[rows] += x[rows] @ weights[task].T * batch_info.scalings[task].to(x.dtype)
+        return base_output
+
+    def newer(*args: object, slice_offsets_cpu: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(slice_offsets_cpu, args[3])
+        return expand(*args)
+
+    old = {"chunked_sgmv_lora_shrink_forward": shrink, "chunked_sgmv_lora_expand_forward": expand}
+    new = {
+        "sglang__kernels__ops__lora__dense__chunked_sgmv_shrink": old,
+        "sglang__kernels__ops__lora__dense__chunked_sgmv_expand": {**old, "chunked_sgmv_lora_expand_forward": newer},
+    }
+    modules = new if version == "new" else {"sglang__srt__lora__triton_ops": old}
+    installed(monkeypatch, **modules, sglang__srt__lora__utils={"LoRABatchInfo": LoRABatchInfo})
+    check_peer(gpu.sglang)
+
+
+def test_a_wrong_peer_is_not_timed() -> None:
+    arguments = gpu.forward_inputs(5, 3, 16, "cpu", width=64)
+
+    def unscaled(arguments: tuple[torch.Tensor, ...], factors: tuple[torch.Tensor, torch.Tensor]) -> gpu.Call:
+        return gpu.gather_bmm((*arguments[:-1], torch.ones_like(arguments[-1])), factors)
+
+    found = gpu.attempt(lambda: gpu.peer(unscaled, arguments, gpu.restored(arguments)))
+    assert "the forward is wrong" in found["error"]
 
 
 def test_tune() -> None:

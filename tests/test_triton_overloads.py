@@ -12,6 +12,7 @@ import pytest
 import torch
 from lora_inputs import FEW_SHAPES, Problem, Shape, problem
 from ops import LAYOUTS, assert_same_bits, one_thread, randn  # noqa: F401
+from test_lora_forward import check
 from torch import Tensor
 
 from rmm_kernels import reference
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from triton_runs import Simulator, interpret, running
 
-from rmm_kernels.triton_ops import lora, lora_shrink
+from rmm_kernels.triton_ops import lora, lora_forward, lora_shrink
 from rmm_kernels.triton_ops._launch import Launch
 
 SHAPE = Shape(3, 20, 18, 4, 3, 2)
@@ -150,3 +151,13 @@ def test_long_fp32_sums_are_not_the_tensor_cores() -> None:
         u = lora_shrink.lora_shrink(x, basis, torch.empty(1, 0, width), torch.zeros(16, dtype=torch.int64), config)
     exact = x.double() @ basis[0].double().mT
     lora_inputs.assert_accumulated("u", u, exact, exact, width)
+
+
+@pytest.mark.parametrize("shape", [Shape(17, 40, 33, 256, 4096, 16), Shape(65536, 9, 8, 4, 3, 1)], ids=str)
+def test_largest_sizes(shape: Shape) -> None:
+    """The highest rank, the most components and tasks, the most tokens: as compiled, in the simulator."""
+    p = problem(shape, torch.float16, seed=11)
+    before = p.to("cpu")
+    with running(Simulator(seeds=(1,))):
+        lora_forward.lora_forward_(*p.forward)
+    check(before, p.y)

@@ -218,8 +218,10 @@ def test_threads_and_runs(run: ops.Overload, dtype: torch.dtype) -> None:
 @ops.each_triton_way("truncated_svd")
 @pytest.mark.parametrize("case", hard_inputs.names(torch.float32))
 def test_triton_hard_inputs(run: ops.Overload, case: str) -> None:
+    """The interpreter, ten times slower, takes every shape of two inputs, and of the others one."""
+    every = run.way == "ptxsim" or case in ("randn", "geometric_1e6")
     failures = ops.Failures()
-    for batch, m, k, rank in [(3, 16, 8, 3), (3, 8, 16, 8)] + ([(2, 33, 20, 20)] if run.way == "interpreter" else []):
+    for batch, m, k, rank in [(3, 16, 8, 3), (3, 8, 16, 8), (2, 33, 20, 20)] if every else [(3, 16, 8, 3)]:
         x = hard_inputs.generate(case, batch, m, k, rank).float()
         with failures.case(shape_id((batch, m, k, rank))):
             check(x, rank, run(x, rank))

@@ -280,8 +280,17 @@ _COLUMNS = [
 _REGION_COLUMNS = ["region", "class", "requests", "sectors", "ideal_sectors", "bytes"]
 
 
+def _grouped(instructions):
+    """Rows of _COLUMNS added up by class, and by whether they touch global and shared memory: there are thousands of them."""
+    sums = {}
+    for _line, _opcode, klass, *counts in instructions:
+        kind = klass, counts[3] > 0, counts[6] > 0  # sectors, wavefronts
+        sums[kind] = [a + b for a, b in zip(sums[kind], counts, strict=True)] if kind in sums else counts
+    return [{"class": kind[0], **dict(zip(_COLUMNS[3:], counts, strict=True))} for kind, counts in sums.items()]
+
+
 def _summarise(raw, kernel, grid, block):
-    rows = [dict(zip(_COLUMNS, r, strict=False)) for r in raw["instructions"]]
+    rows = _grouped(raw["instructions"])
     classes = {}
     for r in rows:
         c = classes.setdefault(r["class"], {"warp": 0, "thread": 0})
@@ -332,7 +341,7 @@ def _summarise(raw, kernel, grid, block):
         "barriers_per_warp": raw["barriers_per_warp"],
         "shared_bytes": raw["shared_bytes"],
         "printed": raw["printed"],
-        "per_instruction": rows,
+        "per_instruction": [dict(zip(_COLUMNS, r, strict=True)) for r in raw["instructions"]],
     }
 
 
