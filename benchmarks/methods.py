@@ -189,7 +189,7 @@ def main() -> None:
     runs: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {"pt_svd": pt_svd, "lore": lore, "osrm": osrm}
     rows = runs[arguments.what](arguments)
     for row in rows:
-        row |= {"threads": arguments.threads, "torch": torch.__version__}
+        row |= {"threads": arguments.threads, "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
     stored = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     old = {_key(row): row for row in stored.get(arguments.what, [])}
     stored[arguments.what] = list({**old, **{_key(row): row for row in rows}}.values())

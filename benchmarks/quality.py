@@ -5,7 +5,7 @@
 For LoRA adapters (rank 16, eight tasks; rank 64, four) and PT-SVD factors of full fine-tunes (rank 16, 32, 64): the individual
 adapters; average, task arithmetic, TIES and DARE by PEFT's functions, on the factors separately and on dense ΔW; LoRE; RMM with
 p = 0 … n − 1; every adapter truncated to the rank that costs as much as p = 1, 2, 3; int8 and int4 adapters. Each row adds its
-ΔW to the encoder's weights, a task at a time, and runs that task's test samples with the task's own head, in bf16 autocast.
+ΔW to the encoder's weights, a task at a time, and runs that task's test samples with the task's own head, in fp32.
 
 Then what a reader of the paper tries first: one model merged with itself, two models, error against the size of the basis, and
 storage against the number of tasks. Rows that the output file holds already are not run again: it goes on where it was stopped.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -37,9 +38,8 @@ from rmm_kernels.methods import Settings, lore_adapters
 from .accuracy import Evaluation
 
 HERE = Path(__file__).resolve().parent
-SAMPLES = {"lora_r16": 256, "pt_svd_r16": 256, "lora_r64": 256, "pt_svd_r32": 64, "pt_svd_r64": 64}  # by kind, of each task
+SAMPLES = {"lora_r16": 256, "pt_svd_r16": 256, "lora_r64": 256, "pt_svd_r32": 128, "pt_svd_r64": 128}  # by kind, of each task
 WHOLE = 128  # the highest rank of the fine-tunes' deltas that the data holds
-WIDEST = 128  # LoRE's cores, n r wide, take minutes beyond
 VALUE_BYTES = 2  # everything is counted in fp16
 SCALE_BYTES = 4  # one fp32 scale for each row of a quantised factor
 
@@ -102,6 +102,10 @@ def dense(factors: Factors) -> Deltas:
     return {name: f.scaling * (f.lora_b.float() @ f.lora_a.float()) for name, f in factors.items()}
 
 
+def square(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+
+
 def values(factors: Factors) -> int:
     return sum(f.lora_a.numel() + f.lora_b.numel() for f in factors.values())
 
@@ -146,18 +150,17 @@ def ways(kind: str, paths: list[Path], root: Path, done: set[str]) -> Iterator[W
         yield Way(
             f"int{bits}, balanced, by component", "quantised", storage, lambda task, b=bits: dense(balanced(tasks[task], b))
         )
-    if n * rank <= WIDEST:
-        for prox in ("fixed", "squared"):
-            yield Way(
-                f"LoRE, {prox} prox",
-                "LoRE",
-                1.0,
-                _same_for_all(
-                    lambda p=prox: dense(
-                        lore_adapters(paths, Settings(prox=p), names=[path.parent.name for path in paths]).factors
-                    )
-                ),
-            )
+    shapes = [(f.lora_b.shape[0], f.lora_a.shape[1]) for f in tasks[0].values()]
+    storage = sum(min(n * rank, *shape) * sum(shape) for shape in shapes) / all_values
+    for prox in ("fixed", "squared"):
+        yield Way(
+            f"LoRE, {prox} prox",
+            "LoRE",
+            storage,
+            _same_for_all(
+                lambda p=prox: dense(lore_adapters(paths, Settings(prox=p), names=[path.parent.name for path in paths]).factors)
+            ),
+        )
 
 
 def cut(factors: Factors, rank: int) -> Factors:
@@ -251,15 +254,14 @@ def _same_for_all(make: Callable[[], Deltas]) -> Callable[[int], Deltas]:
 class Bench(Evaluation):
     """Runs a Way: its ΔW on top of the encoder's weights, a task at a time."""
 
-    def run(self, way: Way, heads: list[dict[str, Tensor]], originals: list[Factors]) -> dict[str, Any]:
+    def run(self, way: Way, heads: list[dict[str, Tensor]], originals: list[Deltas]) -> dict[str, Any]:
         begin = time.perf_counter()
-        accuracy, wrong, total = {}, 0.0, 0.0
+        accuracy, wrong = {}, 0.0
         for task, name in enumerate(self.tasks):
-            deltas, truth = way.deltas(task), dense(originals[task])
-            for module, delta in deltas.items():
-                wrong += float((delta - truth[module]).double().square().sum())
-                total += float(truth[module].double().square().sum())
+            deltas = way.deltas(task)
+            wrong += sum(square(delta - originals[task][module]) for module, delta in deltas.items())
             accuracy[name] = self._accuracy(deltas, task, heads)
+        total = sum(square(delta) for original in originals for delta in original.values())
         return {
             "name": way.name,
             "group": way.group,
@@ -267,6 +269,7 @@ class Bench(Evaluation):
             "error": (wrong / total) ** 0.5,
             "accuracy": accuracy,
             "mean": sum(accuracy.values()) / len(accuracy),
+            "dtype": "float32",
             "seconds": time.perf_counter() - begin,
         }
 
@@ -276,8 +279,7 @@ class Bench(Evaluation):
         for module, weight in weights.items():
             weight += deltas[module]
         try:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                correct = [self._correct(self.model, batch, heads) for batch in self.samples.of(task).batches(self.batch)]
+            correct = [self._correct(self.model, batch, heads) for batch in self.samples.of(task).batches(self.batch)]
         finally:
             for module, weight in weights.items():
                 weight.copy_(kept[module])
@@ -292,11 +294,11 @@ def evaluate(arguments: argparse.Namespace, result: dict[str, Any], scratch: Pat
             raise ValueError(f"{arguments.output} holds rows of {kind} with {result['samples'][kind]} samples, not {samples}")
         bench = Bench(paths, samples, arguments.batch, arguments.adapters / "tasks")
         heads = [load_file(path / "head.safetensors") for path in paths]
-        originals = [read(path) for path in paths]
+        originals = [dense(read(path)) for path in paths]
         rows = result["tables"].setdefault(kind, [])
         done = {row["name"] for row in rows}
         for way in ways(kind, paths, arguments.adapters, done):
-            if way.name in done:
+            if way.name in done or not re.search(arguments.only, way.name):
                 continue
             rows.append(bench.run(way, heads, originals))
             print(f"{kind}: {way.name}: {rows[-1]['mean']:.4f} in {rows[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
@@ -340,16 +342,19 @@ def markdown(result: dict[str, Any]) -> str:
     lines = []
     for kind, rows in result["tables"].items():
         tasks = list(rows[0]["accuracy"])
+        rounded = any(row["dtype"] == "bfloat16" for row in rows)
         lines += [
-            f"### {kind}: {len(tasks)} tasks, {result['samples'][kind]} test samples each",
+            f"### {kind}: {len(tasks)} tasks, {result['samples'][kind]} test samples each, in "
+            + ("bf16 autocast (rows with ¹ in fp32)" if rounded else "fp32"),
             "",
             f"| | {' | '.join(tasks)} | mean | error of ΔW | storage |",
             "|---|" + "--:|" * (len(tasks) + 3),
         ]
-        for row in rows:
+        for row in sorted(rows, key=lambda row: list(COLOURS).index(row["group"])):
             cells = " | ".join(f"{row['accuracy'][task]:.3f}" for task in tasks)
             error = f"{row['error']:.3f}" if row["error"] == 0 or row["error"] >= 1e-3 else f"{row['error']:.0e}"
-            lines.append(f"| {row['name']} | {cells} | **{row['mean']:.3f}** | {error} | {row['storage']:.2f} |")
+            mark = "¹" if rounded and row["dtype"] == "float32" else ""
+            lines.append(f"| {row['name']}{mark} | {cells} | **{row['mean']:.3f}** | {error} | {row['storage']:.2f} |")
         lines += ["", *_equal_bytes(rows), ""]
     lines += _against_reference(result["tables"])
     first = result.get("first_experiments")
@@ -490,8 +495,8 @@ def picture(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = [kind for kind in ("lora_r16", "pt_svd_r16") if kind in result["tables"]]
-    figure, axes = plt.subplots(len(kinds) + 1, 2, figsize=(11, 3.6 * (len(kinds) + 1)), layout="constrained")
+    kinds = list(result["tables"])
+    figure, axes = plt.subplots(len(kinds) + 1, 2, figsize=(11, 2.9 * (len(kinds) + 1)), layout="constrained")
     for line, kind in zip(axes, kinds, strict=False):
         for axis, key, label in ((line[0], "mean", "mean accuracy"), (line[1], "error", "relative error of ΔW")):
             for group, colour in COLOURS.items():
@@ -502,7 +507,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
                     axis.plot(*zip(*points, strict=True), style, color=colour, label=group, markersize=4)
             axis.axvline(1, color="grey", linewidth=0.5)
             axis.set(xlabel="bytes against all adapters in fp16", ylabel=label, title=kind)
-        line[0].legend(fontsize=8)
+    axes[0][0].legend(fontsize=8)
     rank, tasks = 16, range(2, 65)
     left, right = axes[-1]
     for p in (1, 2, 3, 4, 7):
@@ -527,8 +532,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=Path, required=True, help="directory that holds tasks/<task>/")
     parser.add_argument("--kinds", nargs="+", default=list(SAMPLES), choices=SAMPLES)
-    parser.add_argument("--samples", type=int, help="test samples of each task (default 256; of pt_svd_r32 and r64 64)")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--only", default="", metavar="REGEX", help="only rows whose name matches")
+    parser.add_argument("--samples", type=int, help="test samples of each task (default 256; of pt_svd_r32 and r64 128)")
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=HERE / "results" / "quality.json", help="also .md and .png beside it")
     arguments = parser.parse_args()

@@ -178,6 +178,15 @@ def test_too_steep_for_a_gram_matrix_in_fp32(methods: list[str]) -> None:
     assert methods[:2] == ["filtered", "block_krylov"]
 
 
+@pytest.mark.parametrize("spectrum, most", [("slow", 2), ("harmonic", 1), ("step", 1)])
+def test_rounds_end_where_nothing_more_is_gained(spectrum: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After what converges at once, and after what fp32's Gram matrix never resolves."""
+    rounds, original = [], _filtered._filter
+    monkeypatch.setattr(_filtered, "_filter", lambda *args: rounds.append(1) or original(*args))
+    large_svd(with_spectrum(SPECTRA[spectrum](400), 400, 600), 24, False)
+    assert len(rounds) == most
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_a_bad_matrix_stays_alone(value: float) -> None:
     good = randn(3, 200, 150, seed=3)

@@ -24,7 +24,8 @@ Iterate = Callable[[Tensor, Tensor, int], Iterator[tuple[Tensor, Triplets]]]
 # Beyond this short side one of the methods here beats LAPACK's SVD. fp64 keeps LAPACK's accuracy.
 SHORTEST = 128
 
-# Bytes of matrices that a CPU iterates on together: they and their Gram matrices stay in its caches.
+# Bytes of Gram matrices, by the short side, of those that a CPU iterates on together: what is read again and again stays in its
+# caches, and small matrices share the calls.
 _TOGETHER = 1 << 22
 
 # Norms of rows between which squares and their sums are far from the ends of fp32.
@@ -49,7 +50,7 @@ def large_svd(x: Tensor, rank: int, residuals: bool) -> tuple[Tensor, Tensor, Te
         work = work.mT
     left, right = work.new_empty(len(work), rank, work.shape[1]), work.new_empty(len(work), rank, work.shape[2])
     values = work.new_empty(len(work), rank, dtype=torch.float64)
-    step = max(1, _TOGETHER // work[0].nbytes) if work.device.type == "cpu" else len(work)
+    step = max(1, _TOGETHER // (4 * work.shape[1] ** 2)) if work.device.type == "cpu" else len(work)
     for begin in range(0, len(work), step):
         part = slice(begin, begin + step)
         for rows, found in _methods(work[part], size[part], rank, residuals):

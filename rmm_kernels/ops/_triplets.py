@@ -5,7 +5,6 @@ Vectors are rows, so that every product is one of row-major matrices.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -107,19 +106,6 @@ def cholesky(w: Tensor, shift: bool) -> Tensor:
         k, m = w.shape[1:]
         diagonal += 11 * (m * k + k * (k + 1)) * torch.finfo(w.dtype).eps / 2 * diagonal.sum(1, keepdim=True)
     return torch.linalg.cholesky_ex(gram).L
-
-
-def extended_gram(gram: Tensor, z: Tensor) -> Tensor:
-    """zzᵀ [b, w, w], of which the leading block is `gram`; in thirds, so that little is computed twice for symmetry's sake."""
-    known, wide = gram.shape[1], z.shape[1]
-    whole = z.new_empty(len(z), wide, wide)
-    whole[:, :known, :known] = gram
-    step = math.ceil((wide - known) / 3)
-    for begin in range(known, wide, step):
-        new = z[:, : begin + step] @ z[:, begin : begin + step].mT
-        whole[:, : begin + step, begin : begin + step] = new
-        whole[:, begin : begin + step, :begin] = new[:, :begin].mT
-    return whole
 
 
 def ritz(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
