@@ -19,10 +19,13 @@ struct Directions {
   __host__ __device__ bool tall() const { return r >= columns; }
 };
 
+// Lanes that finish a vector together: there may be few vectors.
+__host__ __device__ constexpr int finishing_group(int lanes) { return lanes / 4; }
+
 inline Directions directions_at(int64_t start, int64_t r, int64_t columns, int64_t p, int64_t room) {
   Directions d{};
   const int64_t k = r < columns ? r : columns, rows = r < columns ? columns : r;
-  const int group = team_group(team_lanes(k));
+  const int group = team_group(k);
   int64_t next = start;
   const auto take = [&next](int64_t count) {
     const int64_t at = next;
@@ -32,10 +35,10 @@ inline Directions directions_at(int64_t start, int64_t r, int64_t columns, int64
   d.r = static_cast<int>(r), d.columns = static_cast<int>(columns), d.k = static_cast<int>(k), d.p = static_cast<int>(p);
   d.rows = static_cast<int>(rows);
   d.y_stride = static_cast<int>(column_stride(rows, group)), d.core_stride = static_cast<int>(column_stride(k, group));
-  d.u_stride = static_cast<int>(column_stride(r, group));
+  d.u_stride = static_cast<int>(column_stride(r, finishing_group(team_lanes(k))));
   d.y = take(k * column_stride(rows, group));
   d.core = take(k * column_stride(k, group));
-  d.u = take(p * column_stride(r, group));
+  d.u = take(p * column_stride(r, finishing_group(team_lanes(k))));
   d.tau = take(k), d.diagonal = take(k), d.norms = take(k), d.kept = take(k), d.order = take(k);
   d.room = take(k < room ? room : k);
   d.end = take(0);
@@ -103,8 +106,9 @@ __device__ void find_directions(const T& team, const Directions& d, float* memor
     if (c >= live || i >= d.k) u[c * d.u_stride + i] = c >= live && i == c ? 1.0f : 0.0f;
   }
   team.sync();
-  for (int c = team.group; c < d.p; c += T::kGroups) {
-    finish_column(team, y, d.r, d.tall() ? d.k : 0, d.y_stride, tau, u + c * d.u_stride, stored);
+  const Team<kLanes, finishing_group(kLanes)> finishing(team.thread);
+  for (int c = finishing.group; c < d.p; c += finishing.kGroups) {
+    finish_column(finishing, y, d.r, d.tall() ? d.k : 0, d.y_stride, tau, u + c * d.u_stride, stored);
   }
   team.sync();
 }
