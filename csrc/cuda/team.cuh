@@ -244,7 +244,9 @@ __device__ void orthogonalise(const T& team, float* core, int k, int stride, flo
   } else if constexpr (T::kGroups == 16) {
     k <= 24 ? jacobi<12>(team, core, k, stride, norms) : jacobi<16>(team, core, k, stride, norms);
   } else {
-    k <= 48 ? jacobi<48>(team, core, k, stride, norms) : jacobi<64>(team, core, k, stride, norms);
+    k <= 40   ? jacobi<40>(team, core, k, stride, norms)
+    : k <= 52 ? jacobi<52>(team, core, k, stride, norms)
+              : jacobi<64>(team, core, k, stride, norms);
   }
 }
 
