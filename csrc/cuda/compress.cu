@@ -1,10 +1,12 @@
 // compress: mean, Helmert reduction, QR, one-sided Jacobi, basis and coefficients. Where n − 1 ≤ min(r, 7) and r ≤ 64, a
-// position per thread or few lanes, all in registers (compress_thread.cuh); else per team of 8 or 32 lanes, in shared memory.
+// position per thread or few lanes, all in registers (compress_thread.cuh); else per team of 8 or 32 lanes, in shared memory;
+// where n ≫ r, the tasks come by in chunks (compress_streamed.cuh).
 
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 
+#include "compress_streamed.cuh"
 #include "compress_thread.cuh"
 #include "directions.cuh"
 #include "launch.h"
@@ -62,7 +64,7 @@ __device__ void centre(const T& team, const Compress& args, float* x, float* mem
       x[i * r + j] = value;
       const uint32_t bits = magnitude_bits(reduced);
       largest = bits > largest ? bits : largest;
-      y[at.tall() ? (i - 1) * at.y_stride + j : j * at.y_stride + (i - 1)] = reduced;
+      y[at.tall ? (i - 1) * at.y_stride + j : j * at.y_stride + (i - 1)] = reduced;
     }
   }
   // Scaled again: what tells the tasks apart may be much smaller than what they share.
@@ -184,20 +186,11 @@ __global__ void compress_team(const __grid_constant__ Compress args) {
                              }
                              return;
                            }
-#pragma unroll
-                           for (int e = 0; e < kVector<Element>; ++e) {
-                             // From another neighbour in each position's turn: else all would meet one bank.
-                             const int mine =
-                                 args.x.positions_inside ? (e + position / kVector<Element>) % kVector<Element> : e;
-                             float value = values[0];
-#pragma unroll
-                             for (int other = 1; other < kVector<Element>; ++other) {
-                               if (other == mine) value = values[other];
-                             }
-                             const int at_position = args.x.positions_inside ? position + mine : position;
-                             const int at_rank = args.x.positions_inside ? j : j + mine;
-                             if (mine < count) places[at_position * place_size + i * r + at_rank] = value;
-                           }
+                           const bool inside = args.x.positions_inside;
+                           float* const to = places + position * place_size + i * r + j;
+                           const int step = inside ? place_size : 1;
+                           in_turn(values, count, inside ? position / kVector<Element> : 0,
+                                   [&](int e, float value) { to[e * step] = value; });
                          });
   });
   __syncthreads();
@@ -270,7 +263,9 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
   const Queue queue{x, basis, coeff, energy};
   const int64_t most_floats = queue.device().shared_bytes / static_cast<int64_t>(sizeof(float));
   const bool per_thread = k >= 1 && k <= kThreadColumns && n - 1 <= r && r <= kThreadRanks;
-  if (!per_thread && place + team > most_floats) return reference();
+  const bool fits = place + team <= most_floats;
+  const bool streamed = r >= 1 && r <= kStreamedRanks && n > r && (n > kStreamedTasks * r || !fits);
+  if (!per_thread && !streamed && !fits) return reference();
   args.team_size = static_cast<int>(team), args.place_size = static_cast<int>(place);
   args.x = plane_of(in);
   args.basis = plane_of(view(basis, 3, "basis"));
@@ -279,6 +274,9 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
   if (per_thread) {
     const float share = static_cast<float>(1.0 / std::sqrt(static_cast<double>(n)));
     launch_thread(queue, CompressThread{args.x, args.basis, args.coeff, args.energy, args.n, args.spread, share});
+  } else if (streamed) {
+    launch_streamed(queue, CompressStreamed{args.x, args.basis, args.coeff, args.energy, triangle_at(r, components), args.n},
+                    r <= 32 ? most_floats / 2 : most_floats);
   } else if (k <= 16) {
     launch_team<8, team_group(16)>(queue, args, 16, most_floats / 2);
   } else if (k <= 32) {

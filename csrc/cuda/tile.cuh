@@ -27,6 +27,21 @@ __device__ __forceinline__ int quotient(int a, float inverse) {
   return __float2int_rz((static_cast<float>(a) + 0.5f) * inverse);
 }
 
+// put(e, values[e]) of the first `count` values, another one first in each `turn`: for threads that would else meet one bank.
+template <int N, class Put>
+__device__ __forceinline__ void in_turn(const float (&values)[N], int count, int turn, const Put& put) {
+#pragma unroll
+  for (int e = 0; e < N; ++e) {
+    const int mine = (e + turn) % N;
+    float value = values[0];
+#pragma unroll
+    for (int other = 1; other < N; ++other) {
+      if (other == mine) value = values[other];
+    }
+    if (mine < count) put(mine, value);
+  }
+}
+
 // put(i, position, j, values, count): `count` neighbours along the inner axis, each element of tensor rows i < rows, positions
 // first … first + positions − 1 once, shared out among `threads` threads.
 template <class T, class Put>

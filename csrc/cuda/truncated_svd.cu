@@ -58,7 +58,7 @@ __global__ void truncated_svd(const __grid_constant__ Svd args) {
     const float value = finite ? x[index] * scale.up1 * scale.up2 : 0.0f;
     const int row = index / k, column = index % k;
     x[index] = value;
-    y[at.tall() ? column * at.y_stride + row : row * at.y_stride + column] = value;
+    y[at.tall ? column * at.y_stride + row : row * at.y_stride + column] = value;
   }
   team.sync();
   find_directions(team, at, memory, sigma, args.u.dtype);
