@@ -275,12 +275,11 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
     const float share = static_cast<float>(1.0 / std::sqrt(static_cast<double>(n)));
     launch_thread(queue, CompressThread{args.x, args.basis, args.coeff, args.energy, args.n, args.spread, share});
   } else if (streamed) {
-    launch_streamed(queue, CompressStreamed{args.x, args.basis, args.coeff, args.energy, triangle_at(r, components), args.n},
-                    r <= 32 ? most_floats / 2 : most_floats);
+    launch_streamed(queue, {args.x, args.basis, args.coeff, args.energy, {}, args.n}, components, most_floats);
   } else if (k <= 16) {
-    launch_team<8, team_group(16)>(queue, args, 16, most_floats / 2);
+    launch_team<8, team_group(16)>(queue, args, 16, most_floats);
   } else if (k <= 32) {
-    launch_team<32, team_group(32)>(queue, args, 8, most_floats / 2);
+    launch_team<32, team_group(32)>(queue, args, 8, most_floats);
   } else {
     launch_team<32, team_group(64)>(queue, args, 8, most_floats);
   }

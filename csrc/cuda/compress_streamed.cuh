@@ -3,8 +3,6 @@
 // comes three times: for the mean, for R, for the coefficients.
 #pragma once
 
-#include <algorithm>
-
 #include "directions.cuh"
 #include "launch.h"
 
@@ -102,7 +100,7 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
 #pragma unroll 1
     for (int begin = 0; begin < n; begin += kChunk) {
       const int count = n - begin < kChunk ? n - begin : kChunk;
-      __syncthreads();
+      __syncthreads();  // the last chunk is used
       with_dtype(args.x.view.dtype, [&](auto dtype) {
         using Element = decltype(dtype);
         constexpr int kWidth = kVector<Element>;
@@ -110,11 +108,18 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
         chunk.view.data += begin * chunk.view.stride[0] * static_cast<int64_t>(sizeof(Element));
         each_loaded<Element>(chunk, count, first, positions, thread, threads,
                              [&](int i, int position, int j, const float (&values)[kWidth], int some) {
-                               const bool inside = chunk.positions_inside;
                                float* const to = all + position * args.team_size + args.tile + i * args.tile_stride + j;
-                               const int step = inside ? args.team_size : 1;
-                               in_turn(values, some, inside ? position / kWidth : thread * kWidth / 32,
-                                       [&](int e, float value) { to[e * step] = value; });
+                               if (chunk.positions_inside) {
+                                 in_turn(values, some, position / kWidth,
+                                         [&](int e, float value) { to[e * args.team_size] = value; });
+                               } else if (some == kWidth) {
+#pragma unroll
+                                 for (int e = 0; e < kWidth; e += 4) {
+                                   store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
+                                 }
+                               } else {
+                                 for (int e = 0; e < some; ++e) to[e] = values[e];
+                               }
                              });
       });
       __syncthreads();
@@ -124,19 +129,20 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
 
   // In fp64 no sum overflows, and that of equal values is exact.
   double sum[Columns] = {};
-  float low[Columns], high[Columns];
+  float least[Columns], most[Columns];
 #pragma unroll
-  for (int t = 0; t < Columns; ++t) low[t] = 3.4028235e38f, high[t] = -3.4028235e38f;
+  for (int t = 0; t < Columns; ++t) least[t] = 3.4028235e38f, most[t] = -3.4028235e38f;
   each_chunk([&](int, int count) {
     if (!here) return;
+#pragma unroll 4
     for (int i = 0; i < count; ++i) {
 #pragma unroll
       for (int t = 0; t < Columns; ++t) {
         const int c = t * Lanes + team.lane;
         const float value = c < r ? tile[i * args.tile_stride + c] : 0.0f;
         sum[t] += static_cast<double>(value);
-        low[t] = fminf(low[t], value);
-        high[t] = fmaxf(high[t], value);
+        least[t] = fminf(least[t], value);
+        most[t] = fmaxf(most[t], value);
       }
     }
   });
@@ -147,7 +153,7 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
 #pragma unroll
     for (int t = 0; t < Columns; ++t) {
       const bool finite = isfinite(sum[t]);
-      const uint32_t bits = magnitude_bits(finite ? 0.5f * high[t] - 0.5f * low[t] : 0.0f);
+      const uint32_t bits = magnitude_bits(finite ? 0.5f * most[t] - 0.5f * least[t] : 0.0f);
       bad = bad || !finite;
       largest = bits > largest ? bits : largest;
     }
@@ -190,7 +196,9 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
     }
     team.sync();
     directions_of_triangle(team, at, memory, energies, args.basis.view.dtype);
-    for (int c = team.lane; c < p; c += Lanes) found[c] = 0;
+    if (team.lane == 0) {
+      for (int c = 0; c < p; ++c) found[c] = 0;
+    }
   }
 
   const float spoil = position.finite ? 0.0f : __int_as_float(0x7fffffff);
@@ -201,39 +209,35 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
 #pragma unroll
       for (int t = 0; t < Columns; ++t) {
         const int c = t * Lanes + team.lane;
-        for (int i = 0; i < count && c < r; ++i) {
+        if (c >= args.tile_stride) continue;
+        const float high = c < r ? high_of[c] : 0.0f, low = c < r ? low_of[c] : 0.0f;
+#pragma unroll 4
+        for (int i = 0; i < count; ++i) {
           float& value = tile[i * args.tile_stride + c];
-          value = position.centred(value, high_of[c], low_of[c]);
+          value = c < r ? position.centred(value, high, low) : 0.0f;
         }
       }
       team.sync();
       for (int c = 0; c < p; ++c) {
         const float* const u = memory + at.u + c * at.u_stride;
+        const float factor = kept[c];
+        float square = 0;
         for (int i = team.lane; i < count; i += Lanes) {
-          const float* const x = tile + i * args.tile_stride;
+          const float4* const x = reinterpret_cast<const float4*>(tile + i * args.tile_stride);
           float even = 0, odd = 0;
-          for (int j = 0; j < r; j += 2) {
-            even = fmaf(x[j], u[j], even);
-            if (j + 1 < r) odd = fmaf(x[j + 1], u[j + 1], odd);
+          for (int j = 0; j < r; j += 4) {
+            const float4 four = x[j / 4];
+            even = fmaf(four.x, u[j], even);
+            if (j + 1 < r) odd = fmaf(four.y, u[j + 1], odd);
+            if (j + 2 < r) even = fmaf(four.z, u[j + 2], even);
+            if (j + 3 < r) odd = fmaf(four.w, u[j + 3], odd);
           }
-          coefficients[c * (kChunk + 1) + i] = (even + odd) * kept[c];
+          const float value = (even + odd) * factor;
+          square = fmaf(value, value, square);
+          coefficients[c * (kChunk + 1) + i] = value * down2 * down1 + spoil;
         }
-      }
-      team.sync();
-      for (int c = team.lane; c < p; c += Lanes) {
-        float some = 0;
-        for (int i = 0; i < count; ++i) {
-          const float value = coefficients[c * (kChunk + 1) + i];
-          some = fmaf(value, value, some);
-        }
-        found[c] += some;
-      }
-      team.sync();
-      for (int c = 0; c < p; ++c) {
-        for (int i = team.lane; i < count; i += Lanes) {
-          float& value = coefficients[c * (kChunk + 1) + i];
-          value = value * down2 * down1 + spoil;
-        }
+        square = team.sum(square);
+        if (team.lane == 0) found[c] += square;
       }
     }
     __syncthreads();
@@ -250,10 +254,10 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
 
   if (here) {
     team.sync();
-    float least = 3.4028235e38f;
+    float energy = 3.4028235e38f;
     for (int c = 0; c < r; ++c) {  // equal ones may differ by a rounding
-      least = fminf(least, c < p && kept[c] > 0 ? found[c] : energies[c]);
-      if (c % Lanes == team.lane) memory[at.norms + c] = least * down2 * down2 * down1 * down1 + spoil;
+      energy = fminf(energy, c < p && kept[c] > 0 ? found[c] : energies[c]);
+      if (c % Lanes == team.lane) memory[at.norms + c] = energy * down2 * down2 * down1 * down1 + spoil;
     }
     for (int c = 0; c < p; ++c) {
       for (int j = team.lane; j < r; j += Lanes) memory[at.u + c * at.u_stride + j] += spoil;
@@ -276,18 +280,19 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
 // The most ranks; and how many times as many tasks make it cheaper than to keep x whole.
 constexpr int kStreamedRanks = 64, kStreamedTasks = 4;
 
-inline void launch_streamed(const Queue& queue, CompressStreamed args, int64_t most_floats) {
-  const int64_t r = args.at.r, p = args.at.p;
-  args.tile_stride = static_cast<int>(r | 1);
+inline void launch_streamed(const Queue& queue, CompressStreamed args, int64_t p, int64_t most_floats) {
+  const int64_t r = args.x.view.size[2];
+  args.tile_stride = static_cast<int>((r + 3) / 8 * 8 + 4);  // 16 bytes of 8 tasks side by side meet all banks
+  args.at = triangle_at(r, p, kChunk * args.tile_stride + 3);
+  args.tile = (args.at.core + 3) / 4 * 4;
   int next = args.at.end;
   const auto take = [&next](int64_t count) {
     const int at = next;
     next += static_cast<int>(count);
     return at;
   };
-  const int64_t chunk = kChunk * args.tile_stride;
-  args.tile = chunk <= args.at.u - args.at.core ? args.at.core : take(chunk);  // the rotated columns have their time between
-  args.coefficients = take(p * (kChunk + 1));
+  const int64_t of_chunk = p * (kChunk + 1);
+  args.coefficients = of_chunk <= args.at.core - args.at.y ? args.at.y : take(of_chunk);  // R has had its time
   args.mean = take(r), args.taken = take(2 * r), args.energies = take(2 * r);
   args.team_size = (next + 31) / 32 * 32 + 8;
   const auto launch = [&](auto kernel, int lanes, int most) {

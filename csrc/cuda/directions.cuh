@@ -2,6 +2,8 @@
 // tall, one-sided Jacobi on R or Rᵀ, and the chosen columns made orthonormal and taken back through Q.
 #pragma once
 
+#include <algorithm>
+
 #include "team.cuh"
 
 namespace rmm {
@@ -21,7 +23,7 @@ struct Directions {
 // Lanes that finish a vector together: there may be few vectors.
 __host__ __device__ constexpr int finishing_group(int lanes) { return lanes / 4; }
 
-inline Directions directions_at(int64_t start, int64_t r, int64_t columns, int64_t p, int64_t room) {
+inline Directions directions_at(int64_t start, int64_t r, int64_t columns, int64_t p, int64_t room, int64_t core_room = 0) {
   Directions d{};
   const int64_t k = r < columns ? r : columns, rows = r < columns ? columns : r;
   const int group = team_group(k);
@@ -37,7 +39,7 @@ inline Directions directions_at(int64_t start, int64_t r, int64_t columns, int64
   d.y_stride = static_cast<int>(column_stride(rows, group)), d.core_stride = static_cast<int>(column_stride(k, group));
   d.u_stride = static_cast<int>(column_stride(r, finishing_group(team_lanes(k))));
   d.y = take(k * column_stride(rows, group));
-  d.core = take(k * column_stride(k, group));
+  d.core = take(std::max(k * column_stride(k, group), core_room));
   d.u = take(p * column_stride(r, finishing_group(team_lanes(k))));
   d.tau = take(k), d.diagonal = take(k), d.norms = take(k), d.kept = take(k), d.order = take(k);
   d.room = take(k < room ? room : k);
@@ -45,9 +47,10 @@ inline Directions directions_at(int64_t start, int64_t r, int64_t columns, int64
   return d;
 }
 
-// Where Yᵀ has more rows than are kept: of its QR only R is there.
-inline Directions triangle_at(int64_t r, int64_t p) {
-  Directions d = directions_at(0, r, r, p, 0);
+// Where Yᵀ has more rows than are kept: of its QR only R is there. Room for as much where the core goes, as long as there is
+// none.
+inline Directions triangle_at(int64_t r, int64_t p, int64_t core_room) {
+  Directions d = directions_at(0, r, r, p, 0, core_room);
   d.tall = false;
   return d;
 }

@@ -50,6 +50,13 @@ struct Team {
     return value;
   }
 
+  // Over all lanes; the same in all.
+  __device__ float sum(float value) const {
+#pragma unroll
+    for (int step = 1; step < Lanes; step *= 2) value += __shfl_xor_sync(team_mask, value, step);
+    return value;
+  }
+
   // Over a team's groups; the same in all.
   __device__ float sum_of_groups(float value) const {
 #pragma unroll
