@@ -73,8 +73,8 @@ BUGS = {
         "data race|never written",
     ),
     "next chunk of tasks brought in while the last one is used": (
-        "compress.cu",
-        "compress_streamed.cuh",
+        "compress_streamed.cu",
+        "compress_streamed.cu",
         "      __syncthreads();  // the last chunk is used\n",
         "",
         "compress-73x18",

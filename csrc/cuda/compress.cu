@@ -1,6 +1,6 @@
 // compress: mean, Helmert reduction, QR, one-sided Jacobi, basis and coefficients. Where n − 1 ≤ min(r, 7) and r ≤ 64, a
 // position per thread or few lanes, all in registers (compress_thread.cuh); else per team of 8 or 32 lanes, in shared memory;
-// where n ≫ r, the tasks come by in chunks (compress_streamed.cuh).
+// where n ≫ r, the tasks come by in chunks (compress_streamed.cu).
 
 #include <algorithm>
 #include <cmath>
