@@ -55,7 +55,7 @@ class Case:
         return self.dtype.itemsize * (self.n * self.r + (self.p + 1) * self.r + self.n * self.p) + 4 * k
 
 
-# A thread, 8 lanes, 2 and 4 lanes in registers, a warp, a block.
+# A thread, 8 lanes, 2 and 4 lanes in registers, a warp, whole columns in its lanes; tasks in chunks by 8 lanes and by a warp.
 CASES = tuple(
     Case(r, n, positions=positions, inside=inside, dtype=dtype)
     for r, n, positions, dtype in (
@@ -67,6 +67,8 @@ CASES = tuple(
         (64, 8, 32, torch.float32),
         (32, 20, 8, torch.float32),
         (64, 34, 8, torch.float32),
+        (16, 130, 16, torch.float32),
+        (32, 130, 8, torch.float32),
     )
     for inside in (False, True)
 )

@@ -102,7 +102,7 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     k = min(r, n - 1)
     scaled, exponent, finite = _normalise(x.permute(1, 2, 0))  # [S, r, n]
     mean, centred = _centre(scaled)
-    u, s, _ = torch.linalg.svd(centred, full_matrices=True)
+    u, s, _ = torch.linalg.svd(centred, full_matrices=r > n)  # all of U; with n > r not all of V, n × n
     u, s = u[..., :components], s[..., :k]
     u = u * positive_peak(u.to(x.dtype))
     kept = torch.zeros(positions, components, 1, dtype=torch.bool, device=x.device)

@@ -20,7 +20,15 @@ LIBRARIES = sorted(Path(rmm_kernels.__file__).parent.glob("_cuda.*.so"))
 pytestmark = pytest.mark.skipif(not LIBRARIES, reason=rmm_kernels.build_info().get("cuda", "nothing was compiled"))
 
 # Most registers a thread may use, where that is below the hardware's 255: so that as many warps as meant fit a multiprocessor.
-REGISTERS = {"compress_team": 128, "truncated_svd": 128, "gram": 128, "project": 128, "reconstruct": 64}
+# What holds whole columns of up to 64 entries (ILi32ELi1E) has 8 warps there at most.
+REGISTERS = {
+    r"(compress_team|truncated_svd)ILi(8ELi1|32ELi2)E": 128,
+    "compress_streamedILi32ELi2E": 128,
+    "compress_streamedILi8E": 168,
+    "gram": 128,
+    "project": 128,
+    "reconstruct": 64,
+}
 
 
 def tool() -> str:
@@ -81,13 +89,15 @@ def test_nothing_spills_and_registers_are_as_meant(add_row: AddRow) -> None:
     wrong = []
     for usage in usages():
         add_row(asdict(usage))
-        most = next((limit for name, limit in REGISTERS.items() if re.search(rf"\d{name}[IE]", usage.kernel)), 255)
+        most = next((limit for name, limit in REGISTERS.items() if re.search(rf"\d{name}", usage.kernel)), 255)
         if usage.stack or usage.local or usage.registers > most:
             wrong.append(usage)
     assert not wrong
 
 
-@pytest.mark.parametrize("kernel", ["compress_thread", "compress_team", "project", "reconstruct", "gram", "truncated_svd"])
+@pytest.mark.parametrize(
+    "kernel", ["compress_thread", "compress_team", "compress_streamed", "project", "reconstruct", "gram", "truncated_svd"]
+)
 def test_global_loads_of_16_bytes(kernel: str) -> None:
     assert any(re.search(r"LDG\.E(\.\w+)*\.128", body) for body in bodies(kernel))
 

@@ -18,7 +18,9 @@ INSTRUCTIONS = {
     (32, 8): 26_000,
     (64, 8): 56_000,
     (32, 20): 920_000,
-    (64, 34): 8_200_000,
+    (64, 34): 3_900_000,
+    (16, 130): 600_000,
+    (32, 130): 3_100_000,
 }
 
 
@@ -28,11 +30,10 @@ def test_counts(case: Case) -> None:
     print(found)
     assert found.threads <= INSTRUCTIONS[case.r, case.n]
     assert found.wavefronts <= 1.2
-    # A block holds one position of K > 32: side by side with others, it reads and writes single values.
-    if case.n <= 32:
-        assert set(found.coalescing) == {"x", "basis", "coeff", "energy"}
-        assert min(found.coalescing.values()) >= 0.9
-        assert found.moved <= 1.05 * case.floor
+    assert set(found.coalescing) == {"x", "basis", "coeff", "energy"}
+    assert min(found.coalescing.values()) >= 0.9
+    passes = 3 if case.n > 4 * case.r else 1  # over x, where its tasks come in chunks
+    assert found.moved <= 1.05 * passes * case.floor
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["ranks", "positions"])

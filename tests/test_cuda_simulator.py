@@ -9,7 +9,8 @@ from ops import assert_same_bits, randn
 
 pytestmark = pytest.mark.skipif(not simulator.ops(), reason="nvcc is not on PATH")
 
-# (n, S, r, p) of each mapping of compress: a thread, 2 and 4 lanes, 8 lanes (tall, wide), a warp, a block.
+# (n, S, r, p) of each mapping of compress: a thread, 2 and 4 lanes, 8 lanes (tall, wide), a warp with 2 or 1 lanes a column;
+# tasks in chunks by 8 lanes, by a warp with one column a lane or two.
 COMPRESS = [
     (8, 70, 16, 4),
     (8, 70, 32, 4),
@@ -19,7 +20,10 @@ COMPRESS = [
     (9, 9, 64, 4),
     (20, 19, 16, 4),
     (20, 3, 32, 25),
-    (34, 2, 40, 5),
+    (34, 9, 40, 5),
+    (70, 18, 15, 4),
+    (73, 9, 18, 3),
+    (137, 5, 34, 3),
 ]
 SVD = [(19, 16, 8, 4), (5, 8, 20, 8), (3, 24, 20, 20), (2, 36, 40, 6)]
 
@@ -68,12 +72,12 @@ BUGS = {
         "gram",
         "data race|never written",
     ),
-    "missing barrier between warps in Jacobi's rounds": (
-        "truncated_svd.cu",
-        "team.cuh",
-        "        }\n      }\n      team.sync();\n    }\n    if (!team.any(worst > noise)) sweep = kMaxSweeps - 1;",
-        "        }\n      }\n    }\n    if (!team.any(worst > noise)) sweep = kMaxSweeps - 1;",
-        "truncated_svd-36x40",
+    "next chunk of tasks brought in while the last one is used": (
+        "compress_streamed.cu",
+        "compress_streamed.cu",
+        "      __syncthreads();  // the last chunk is used\n",
+        "",
+        "compress-73x18",
         "data race",
     ),
     "missing barrier between lanes of a warp": (

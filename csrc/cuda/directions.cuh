@@ -2,6 +2,8 @@
 // tall, one-sided Jacobi on R or Rᵀ, and the chosen columns made orthonormal and taken back through Q.
 #pragma once
 
+#include <algorithm>
+
 #include "team.cuh"
 
 namespace rmm {
@@ -15,14 +17,16 @@ struct Directions {
   int tau, diagonal, norms, kept, order;  // [k] each; kept is 1 where σ is not negligible, else 0
   int room;                               // [max(k, what the kernel wants)]
   int end;
-
-  __host__ __device__ bool tall() const { return r >= columns; }
+  bool tall;  // R is Y's; else Yᵀ's
 };
 
-inline Directions directions_at(int64_t start, int64_t r, int64_t columns, int64_t p, int64_t room) {
+// Lanes that finish a vector together: there may be few vectors.
+__host__ __device__ constexpr int finishing_group(int lanes) { return lanes / 4; }
+
+inline Directions directions_at(int64_t start, int64_t r, int64_t columns, int64_t p, int64_t room, int64_t core_room = 0) {
   Directions d{};
   const int64_t k = r < columns ? r : columns, rows = r < columns ? columns : r;
-  const int group = team_group(team_lanes(k));
+  const int group = team_group(k);
   int64_t next = start;
   const auto take = [&next](int64_t count) {
     const int64_t at = next;
@@ -31,27 +35,36 @@ inline Directions directions_at(int64_t start, int64_t r, int64_t columns, int64
   };
   d.r = static_cast<int>(r), d.columns = static_cast<int>(columns), d.k = static_cast<int>(k), d.p = static_cast<int>(p);
   d.rows = static_cast<int>(rows);
+  d.tall = r >= columns;
   d.y_stride = static_cast<int>(column_stride(rows, group)), d.core_stride = static_cast<int>(column_stride(k, group));
-  d.u_stride = static_cast<int>(column_stride(r, group));
+  d.u_stride = static_cast<int>(column_stride(r, finishing_group(team_lanes(k))));
   d.y = take(k * column_stride(rows, group));
-  d.core = take(k * column_stride(k, group));
-  d.u = take(p * column_stride(r, group));
+  d.core = take(std::max(k * column_stride(k, group), core_room));
+  d.u = take(p * column_stride(r, finishing_group(team_lanes(k))));
   d.tau = take(k), d.diagonal = take(k), d.norms = take(k), d.kept = take(k), d.order = take(k);
   d.room = take(k < room ? room : k);
   d.end = take(0);
   return d;
 }
 
-// y → u; energy[c], c < k, falling with c, becomes ‖Yᵀu_c‖². Leaves R and the Householder vectors in y.
+// Where Yᵀ has more rows than are kept: of its QR only R is there. Room for as much where the core goes, as long as there is
+// none.
+inline Directions triangle_at(int64_t r, int64_t p, int64_t core_room) {
+  Directions d = directions_at(0, r, r, p, 0, core_room);
+  d.tall = false;
+  return d;
+}
+
+// R, above the diagonal in y and on it in `diagonal` (as householder leaves it), → u, or Qu where Y is tall; energy[c], c < k,
+// falling with c, becomes ‖Yᵀu_c‖².
 template <class T>
-__device__ void find_directions(const T& team, const Directions& d, float* memory, float* energy, Dtype stored) {
+__device__ void directions_of_triangle(const T& team, const Directions& d, float* memory, float* energy, Dtype stored) {
   constexpr int kLanes = T::kGroup * T::kGroups;
   float *const y = memory + d.y, *const core = memory + d.core, *const u = memory + d.u, *const kept = memory + d.kept;
   float *const tau = memory + d.tau, *const diagonal = memory + d.diagonal, *const norms = memory + d.norms;
   int* const order = reinterpret_cast<int*>(memory + d.order);
-  householder(team, y, d.rows, d.k, d.y_stride, tau, diagonal);
   for (int index = team.lane; index < d.k * d.k; index += kLanes) {
-    const int c = index / d.k, i = index % d.k, column = d.tall() ? c : i, row = d.tall() ? i : c;  // R[row, column]
+    const int c = index / d.k, i = index % d.k, column = d.tall ? c : i, row = d.tall ? i : c;  // R[row, column]
     core[slot_of(d.k, c) * d.core_stride + i] = row < column    ? y[column * d.y_stride + row]
                                                 : row == column ? diagonal[row]
                                                                 : 0.0f;
@@ -71,11 +84,10 @@ __device__ void find_directions(const T& team, const Directions& d, float* memor
     float square = 0;
     for (int i = team.in_group; i < d.k; i += T::kGroup) {
       float along = diagonal[i] * column[i];
-      const float *of_r = d.tall() ? y + i * d.y_stride : y + (i + 1) * d.y_stride + i,
-                  *of_u = d.tall() ? column : column + i + 1;
-      const int step = d.tall() ? 1 : d.y_stride;
+      const float *of_r = d.tall ? y + i * d.y_stride : y + (i + 1) * d.y_stride + i, *of_u = d.tall ? column : column + i + 1;
+      const int step = d.tall ? 1 : d.y_stride;
 #pragma unroll 4
-      for (int left = d.tall() ? i : d.k - 1 - i; left > 0; --left) {  // (Rᵀu)_i, or (Ru)_i
+      for (int left = d.tall ? i : d.k - 1 - i; left > 0; --left) {  // (Rᵀu)_i, or (Ru)_i
         along = fmaf(*of_r, *of_u++, along);
         of_r += step;
       }
@@ -103,10 +115,18 @@ __device__ void find_directions(const T& team, const Directions& d, float* memor
     if (c >= live || i >= d.k) u[c * d.u_stride + i] = c >= live && i == c ? 1.0f : 0.0f;
   }
   team.sync();
-  for (int c = team.group; c < d.p; c += T::kGroups) {
-    finish_column(team, y, d.r, d.tall() ? d.k : 0, d.y_stride, tau, u + c * d.u_stride, stored);
+  const Team<kLanes, finishing_group(kLanes)> finishing(team.thread);
+  for (int c = finishing.group; c < d.p; c += finishing.kGroups) {
+    finish_column(finishing, y, d.r, d.tall ? d.k : 0, d.y_stride, tau, u + c * d.u_stride, stored);
   }
   team.sync();
+}
+
+// y → u and energy. Leaves R and the Householder vectors in y.
+template <class T>
+__device__ void find_directions(const T& team, const Directions& d, float* memory, float* energy, Dtype stored) {
+  householder(team, memory + d.y, d.rows, d.k, d.y_stride, memory + d.tau, memory + d.diagonal);
+  directions_of_triangle(team, d, memory, energy, stored);
 }
 
 }  // namespace rmm

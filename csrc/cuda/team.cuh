@@ -1,7 +1,8 @@
-// A matrix per team of threads, in shared memory: Householder QR, one-sided Jacobi, orthonormal columns. As csrc/cpu/jacobi.h.
+// A matrix per team of lanes, in shared memory and registers: Householder QR, one-sided Jacobi, orthonormal columns. As
+// csrc/cpu/jacobi.h.
 //
-// Columns are `stride` floats apart, see column_stride. Every function
-// is called by all threads of a team together; what they pass on to each other lies in shared memory between two sync().
+// Columns are `stride` floats apart, see column_stride. Every function is called by all lanes of a team together; what they
+// pass on to each other lies in shared memory between two sync().
 #pragma once
 
 #include "jacobi.cuh"
@@ -9,55 +10,39 @@
 
 namespace rmm {
 
-// Threads for k columns, up to 64, and in a group of them, one group for each pair of columns; 256 are a block.
-__host__ __device__ constexpr int team_lanes(int64_t k) { return k <= 16 ? 8 : k <= 32 ? 32 : 256; }
-__host__ __device__ constexpr int team_group(int lanes) { return lanes == 8 ? 1 : lanes == 32 ? 2 : 8; }
+// Lanes of a warp for k columns, up to 64, and in a group of them, one group for each pair of columns.
+__host__ __device__ constexpr int team_lanes(int64_t k) { return k <= 16 ? 8 : 32; }
+__host__ __device__ constexpr int team_group(int64_t k) { return k > 16 && k <= 32 ? 2 : 1; }
 
 // Floats from one column of `rows` to the next, so that a team's groups at different columns meet different banks: an odd
 // multiple of their size.
 inline int64_t column_stride(int64_t rows, int group) { return (((rows + group - 1) / group) | 1) * group; }
 
-template <int Lanes>
+template <int Lanes, int Group>
 struct Team {
-  static constexpr int kGroup = team_group(Lanes);
-  static constexpr int kGroups = Lanes / kGroup;
-  static constexpr bool kBlock = Lanes > 32;
+  static constexpr int kGroup = Group;
+  static constexpr int kGroups = Lanes / Group;
 
-  const int lane, group, in_group;
+  const int thread, lane, group, in_group;
   const unsigned team_mask, group_mask;
-  float* const scratch;  // of the block, for sums over it: 8 floats
 
-  __device__ explicit Team(int thread, float* scratch)
-      : lane(thread % Lanes),
-        group(lane / kGroup),
-        in_group(lane % kGroup),
-        team_mask(kBlock ? 0xffffffffu : mask(Lanes < 32 ? Lanes : 32, thread)),
-        group_mask(mask(kGroup, thread)),
-        scratch(scratch) {}
+  __device__ explicit Team(int thread)
+      : thread(thread),
+        lane(thread % Lanes),
+        group(lane / Group),
+        in_group(lane % Group),
+        team_mask(mask(Lanes, thread)),
+        group_mask(mask(Group, thread)) {}
 
   __device__ static unsigned mask(int size, int thread) {
     return size == 32 ? 0xffffffffu : ((1u << size) - 1) << (thread % 32 / size * size);
   }
 
-  __device__ void sync() const {
-    if constexpr (kBlock) {
-      __syncthreads();
-    } else {
-      __syncwarp(team_mask);
-    }
-  }
-
+  __device__ void sync() const { __syncwarp(team_mask); }
   __device__ void sync_group() const {
     if constexpr (kGroup > 1) __syncwarp(group_mask);
   }
-
-  __device__ bool any(bool mine) const {
-    if constexpr (kBlock) {
-      return __syncthreads_or(mine);
-    } else {
-      return __any_sync(team_mask, mine);
-    }
-  }
+  __device__ bool any(bool mine) const { return __any_sync(team_mask, mine); }
 
   __device__ float group_sum(float value) const {
 #pragma unroll
@@ -65,7 +50,14 @@ struct Team {
     return value;
   }
 
-  // Over a team's groups, of at most a warp; the same in all.
+  // Over all lanes; the same in all.
+  __device__ float sum(float value) const {
+#pragma unroll
+    for (int step = 1; step < Lanes; step *= 2) value += __shfl_xor_sync(team_mask, value, step);
+    return value;
+  }
+
+  // Over a team's groups; the same in all.
   __device__ float sum_of_groups(float value) const {
 #pragma unroll
     for (int step = kGroup; step < kGroup * kGroups; step *= 2) value += __shfl_xor_sync(team_mask, value, step);
@@ -74,18 +66,9 @@ struct Team {
 
   __device__ uint32_t largest(uint32_t value) const {
 #pragma unroll
-    for (int step = 1; step < (Lanes < 32 ? Lanes : 32); step *= 2) {
+    for (int step = 1; step < Lanes; step *= 2) {
       const uint32_t other = __shfl_xor_sync(team_mask, value, step);
       value = value > other ? value : other;
-    }
-    if constexpr (kBlock) {
-      if (lane % 32 == 0) scratch[lane / 32] = __uint_as_float(value);
-      __syncthreads();
-      for (int warp = 0; warp < Lanes / 32; ++warp) {
-        const uint32_t other = __float_as_uint(scratch[warp]);
-        value = value > other ? value : other;
-      }
-      __syncthreads();
     }
     return value;
   }
@@ -173,53 +156,12 @@ __device__ void finish_column(const T& team, const float* a, int rows, int k, in
 }
 
 // One-sided Jacobi: rotates the k columns, in slots (jacobi.cuh), until they are orthogonal; norms[slot] are their squared
-// norms.
-template <class T>
-__device__ void jacobi(const T& team, float* a, int k, int stride, float* norms) {
-  float noise = 0;
-  for (int sweep = 0;; ++sweep) {
-    for (int c = team.group; c < k; c += T::kGroups) {
-      const float square = team.dot(a + c * stride, a + c * stride, 0, k);
-      if (team.in_group == 0) norms[c] = square;
-    }
-    team.sync();
-    if (sweep == kMaxSweeps) break;
-    if (sweep == 0) {
-      float total = 0;
-      for (int c = 0; c < k; ++c) total += norms[c];
-      noise = kNoise * total * total;
-      team.sync();
-    }
-    float worst = 0;
-    for (int round = 0; round < k; ++round) {
-      for (int pair = team.group; pair < meetings(k, round); pair += T::kGroups) {
-        const Slots at = meeting(k, round, pair);
-        float *const p = a + at.left * stride, *const q = a + at.right * stride;
-        const Turn turn(norms[at.left], norms[at.right], team.dot(p, q, 0, k));
-        worst = fmaxf(worst, turn.excess);
-        team.sync_group();
-        for (int i = team.in_group; i < k; i += T::kGroup) {
-          const float pi = p[i], qi = q[i];
-          p[i] = fmaf(turn.cosine, pi, turn.sine * qi);
-          q[i] = fmaf(turn.cosine, qi, -turn.sine * pi);
-        }
-        if (team.in_group == 0) {
-          norms[at.left] = turn.longer;
-          norms[at.right] = turn.shorter;
-        }
-      }
-      team.sync();
-    }
-    if (!team.any(worst > noise)) sweep = kMaxSweeps - 1;
-  }
-}
-
-// The same with the columns in registers, two of up to Rows · kGroup entries in each group's, and so of up to 2 · kGroups
-// columns. Odd-even order again, of which here the places stay and the columns move: neighbours trade places when they meet, in
-// even rounds those of one group, in odd ones a group's right one and the next group's left one, which comes over for it. After
-// a sweep the order is turned round, and so is, for the next one, who is to be the longer.
+// norms. The columns are in registers, two of up to Rows · kGroup entries in each group's, and so up to 2 · kGroups of them. Of
+// the odd-even order the places stay and the columns move: neighbours trade places when they meet, in even rounds those of one
+// group, in odd ones a group's right one and the next group's left one, which comes over for it. After a sweep the order is
+// turned round, and so is, for the next one, who is to be the longer.
 template <int Rows, class T>
-__device__ __forceinline__ void jacobi_in_registers(const T& team, float* core, int k, int stride, float* norms) {
+__device__ __forceinline__ void jacobi(const T& team, float* core, int k, int stride, float* norms) {
   constexpr int kLanes = T::kGroup * T::kGroups;
   const int pairs = (k + 1) / 2, group = team.group;
   const bool idle = group >= pairs, last = group == pairs - 1;
@@ -304,14 +246,14 @@ __device__ __forceinline__ void jacobi_in_registers(const T& team, float* core, 
 
 template <class T>
 __device__ void orthogonalise(const T& team, float* core, int k, int stride, float* norms) {
-  if constexpr (T::kBlock) {
-    jacobi(team, core, k, stride, norms);
-  } else if (k <= 8 * T::kGroup) {
-    jacobi_in_registers<8>(team, core, k, stride, norms);
-  } else if (T::kGroup == 2 && k <= 12 * T::kGroup) {
-    jacobi_in_registers<12>(team, core, k, stride, norms);
+  if constexpr (T::kGroups == 8) {
+    k <= 8 ? jacobi<8>(team, core, k, stride, norms) : jacobi<16>(team, core, k, stride, norms);
+  } else if constexpr (T::kGroups == 16) {
+    k <= 24 ? jacobi<12>(team, core, k, stride, norms) : jacobi<16>(team, core, k, stride, norms);
   } else {
-    jacobi_in_registers<16>(team, core, k, stride, norms);
+    k <= 40   ? jacobi<40>(team, core, k, stride, norms)
+    : k <= 52 ? jacobi<52>(team, core, k, stride, norms)
+              : jacobi<64>(team, core, k, stride, norms);
   }
 }
 

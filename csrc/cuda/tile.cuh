@@ -27,8 +27,24 @@ __device__ __forceinline__ int quotient(int a, float inverse) {
   return __float2int_rz((static_cast<float>(a) + 0.5f) * inverse);
 }
 
+// put(e, values[e]) of the first `count` values, another one first in each `turn`: for threads that would else meet one bank.
+template <int N, class Put>
+__device__ __forceinline__ void in_turn(const float (&values)[N], int count, int turn, const Put& put) {
+#pragma unroll
+  for (int e = 0; e < N; ++e) {
+    const int mine = (e + turn) % N;
+    float value = values[0];
+#pragma unroll
+    for (int other = 1; other < N; ++other) {
+      if (other == mine) value = values[other];
+    }
+    if (mine < count) put(mine, value);
+  }
+}
+
 // put(i, position, j, values, count): `count` neighbours along the inner axis, each element of tensor rows i < rows, positions
-// first … first + positions − 1 once, shared out among `threads` threads.
+// first … first + positions − 1 once, shared out among `threads` threads. A thread keeps its place in a row where it can, and
+// takes rows in turn.
 template <class T, class Put>
 __device__ __forceinline__ void each_loaded(const Plane& plane, int rows, int64_t first, int positions, int thread, int threads,
                                             const Put& put) {
@@ -37,26 +53,32 @@ __device__ __forceinline__ void each_loaded(const Plane& plane, int rows, int64_
   const int r = static_cast<int>(view.size[2]);
   const int inner_size = plane.positions_inside ? positions : r, outer_size = plane.positions_inside ? r : positions;
   const int width = plane.aligned ? kWidth : 1;
-  const int chunks = (inner_size + width - 1) / width;
+  const int chunks = (inner_size + width - 1) / width, places = chunks * outer_size;
   // Not by an index known at run time: that would put the view into local memory.
   const int64_t inner_step = plane.positions_inside ? view.stride[1] : view.stride[2];
   const int64_t outer_step = plane.positions_inside ? view.stride[2] : view.stride[1];
-  const float per_chunk = 1.0f / static_cast<float>(chunks), per_row = 1.0f / static_cast<float>(outer_size);
-  for (int index = thread; index < rows * outer_size * chunks; index += threads) {
-    const int line = quotient(index, per_chunk), inner = (index - line * chunks) * width;
-    const int i = quotient(line, per_row), outer = line - i * outer_size;
+  const float per_chunk = 1.0f / static_cast<float>(chunks), per_place = 1.0f / static_cast<float>(places);
+  const int at_once = places < threads ? quotient(threads, per_place) : 1;
+  for (int index = thread; index < places * at_once; index += threads) {
+    const int row = quotient(index, per_place), place = index - row * places;
+    const int outer = quotient(place, per_chunk), inner = (place - outer * chunks) * width;
     const int position = plane.positions_inside ? inner : outer, j = plane.positions_inside ? outer : inner;
-    const T* const from = reinterpret_cast<const T*>(view.data) + i * view.stride[0] + first * view.stride[1] +
-                          outer * outer_step + inner * inner_step;
-    float values[kWidth];
     const int left = inner_size - inner < width ? inner_size - inner : width;
-    if (width == kWidth && left == kWidth) {
-      load_vector(from, values);
-    } else {
+    const T* from = reinterpret_cast<const T*>(view.data) + row * view.stride[0] + first * view.stride[1] + outer * outer_step +
+                    inner * inner_step;
+    const bool whole = width == kWidth && left == kWidth;
+#pragma unroll 4
+    for (int i = row; i < rows; i += at_once) {
+      float values[kWidth];
+      if (whole) {
+        load_vector(from, values);
+      } else {
 #pragma unroll
-      for (int e = 0; e < kWidth; ++e) values[e] = e < left ? Storage<T>::widen(from[e * inner_step]) : 0.0f;
+        for (int e = 0; e < kWidth; ++e) values[e] = e < left ? Storage<T>::widen(from[e * inner_step]) : 0.0f;
+      }
+      put(i, position, j, values, left);
+      from += at_once * view.stride[0];
     }
-    put(i, position, j, values, left);
   }
 }
 

@@ -18,8 +18,8 @@ struct Svd {
   int sigma, scales, team_size;
 };
 
-// One matrix per team. Shared memory: sums over the block [8], then each team's, which starts with its x [m][k].
-template <int Lanes>
+// One matrix per team. Shared memory: each team's, which starts with its x [m][k].
+template <int Lanes, int Group>
 __global__ void truncated_svd(const __grid_constant__ Svd args) {
   extern __shared__ float4 shared_memory[];
   float* const shared = reinterpret_cast<float*>(shared_memory);
@@ -28,8 +28,8 @@ __global__ void truncated_svd(const __grid_constant__ Svd args) {
   const int teams = static_cast<int>(blockDim.x) / Lanes, thread = static_cast<int>(threadIdx.x);
   const int64_t matrix = static_cast<int64_t>(blockIdx.x) * teams + thread / Lanes;
   if (matrix >= args.x.view.size[0]) return;
-  float* const memory = shared + 8 + thread / Lanes * args.team_size;
-  const Team<Lanes> team(thread, shared);
+  float* const memory = shared + thread / Lanes * args.team_size;
+  const Team<Lanes, Group> team(thread);
   float *const x = memory, *const y = memory + at.y, *const u = memory + at.u, *const v = memory + args.v;
   float* const sigma = memory + args.sigma;
 
@@ -58,7 +58,7 @@ __global__ void truncated_svd(const __grid_constant__ Svd args) {
     const float value = finite ? x[index] * scale.up1 * scale.up2 : 0.0f;
     const int row = index / k, column = index % k;
     x[index] = value;
-    y[at.tall() ? column * at.y_stride + row : row * at.y_stride + column] = value;
+    y[at.tall ? column * at.y_stride + row : row * at.y_stride + column] = value;
   }
   team.sync();
   find_directions(team, at, memory, sigma, args.u.dtype);
@@ -109,13 +109,13 @@ __global__ void truncated_svd(const __grid_constant__ Svd args) {
   for (int c = team.lane; c < rank; c += Lanes) s[c] = sigma[c] * scale.down2 * scale.down1 + spoil;
 }
 
-template <int Lanes>
+template <int Lanes, int Group>
 void launch_svd(const Queue& queue, const Svd& args, int most_teams, int64_t most_floats) {
   int teams = most_teams;
-  while (teams > 1 && (8 + static_cast<int64_t>(teams) * args.team_size > most_floats)) teams /= 2;
+  while (teams > 1 && static_cast<int64_t>(teams) * args.team_size > most_floats) teams /= 2;
   queue.launch({blocks(args.x.view.size[0], teams), static_cast<unsigned>(teams * Lanes),
-                static_cast<size_t>(8 + teams * args.team_size) * sizeof(float)},
-               truncated_svd<Lanes>, args);
+                static_cast<size_t>(teams) * args.team_size * sizeof(float)},
+               truncated_svd<Lanes, Group>, args);
 }
 
 std::tuple<Tensor, Tensor, Tensor> truncated_svd_op(Tensor x, int64_t rank) {
@@ -139,16 +139,16 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd_op(Tensor x, int64_t rank) {
   Tensor vh = torch::stable::new_empty(x, {batch, rank, k});
   const Queue queue{x, u, s, vh};
   const int64_t most_floats = queue.device().shared_bytes / static_cast<int64_t>(sizeof(float));
-  if (8 + static_cast<int64_t>(args.team_size) > most_floats) return reference();
+  if (static_cast<int64_t>(args.team_size) > most_floats) return reference();
   if (rank == 0) return {u, s, vh};
   args.x = plane_of(in);
   args.u = view(u, 3, "u"), args.s = view(s, 2, "s"), args.vh = view(vh, 3, "vh");
-  if (team_lanes(shorter) == 8) {
-    launch_svd<8>(queue, args, 16, most_floats / 2);
-  } else if (team_lanes(shorter) == 32) {
-    launch_svd<32>(queue, args, 8, most_floats / 2);
+  if (shorter <= 16) {
+    launch_svd<8, team_group(16)>(queue, args, 16, most_floats / 2);
+  } else if (shorter <= 32) {
+    launch_svd<32, team_group(32)>(queue, args, 8, most_floats / 2);
   } else {
-    launch_svd<256>(queue, args, 1, most_floats);
+    launch_svd<32, team_group(64)>(queue, args, 8, most_floats);
   }
   return {u, s, vh};
 }
