@@ -34,7 +34,7 @@ __device__ __forceinline__ void bring(const Plane& plane, int64_t row, int rows,
 }
 
 template <class T>
-__global__ void __launch_bounds__(kPositions* kTasks) project(const __grid_constant__ Project args) {
+__global__ void __launch_bounds__(kPositions* kTasks, 2) project(const __grid_constant__ Project args) {
   __shared__ float shared[(kTasks + 1 + kComponents) * kPositions * kLine];
   float *const tasks = shared, *const mean = tasks + kTasks * kPositions * kLine, *const components = mean + kPositions * kLine;
   const int r = static_cast<int>(args.x.view.size[2]), p = static_cast<int>(args.coeff.size[1]);
