@@ -124,8 +124,8 @@ def result(*ratios: float, count: int = 1000, compiler: str = "1", withheld: tup
     [
         (result(10, 10.1, 9.9), None),
         (result(20, 20, 20), None),
-        (result(6.4, 6.4, 6.4), None),  # within what runs of one build differ by
-        (result(6.0, 6.1, 5.9), "w: 10.00 → 6.00 times peer, noise allows 37%"),
+        (result(6.7, 6.7, 6.7), None),  # within what runs of one build differ by
+        (result(6.0, 6.1, 5.9), "w: 10.00 → 6.00 times peer, noise allows 34%"),
         (result(8.0, 12.0, 5.0), None),  # this machine is too noisy to say
         (result(10, 10, 10, count=1029), None),
         (result(10, 10, 10, count=1031), "kernel: 1,000 → 1,031 instructions, +3.1%"),
