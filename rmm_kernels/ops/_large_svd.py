@@ -39,8 +39,9 @@ def large_svd(x: Tensor, rank: int, residuals: bool) -> tuple[Tensor, Tensor, Te
         x: [B, m, k].
         rank: 0 to min(m, k).
         residuals: hold every triplet to ‖A v − σ u‖ ≤ 5e-6 σ₁. Otherwise ‖A − U S Vᵀ‖ alone is held to within 1e-6 ‖A‖ of the
-            least possible, which is reached earlier where σ falls slowly: what a low-rank approximation needs. How far beyond
-            that a matrix gets may then depend on the others of its batch.
+            least possible, which is reached earlier where σ falls slowly: what a low-rank approximation needs. (Twice that
+            where one σ is a thousand times an almost flat rest, of which the estimate falls short.) How far beyond that a matrix
+            gets may then depend on the others of its batch.
     """
     if 0 in (*x.shape, rank) or x.dtype == torch.float64:
         return reference.truncated_svd(x, rank)
@@ -55,12 +56,12 @@ def large_svd(x: Tensor, rank: int, residuals: bool) -> tuple[Tensor, Tensor, Te
         part = slice(begin, begin + step)
         for rows, found in _methods(work[part], size[part], rank, residuals):
             left[begin + rows], values[begin + rows], right[begin + rows] = found.u.float(), found.s, found.v.float()
-    u, v = (right.mT, left) if tall else (left.mT, right)
-
-    sign = reference.positive_peak(u.to(x.dtype))
-    u, vh = torch.where(finite, u * sign, torch.nan), torch.where(finite, v * sign.mT, torch.nan)
-    s = torch.where(finite[:, 0], reference.power_of_two(values, exponent[:, 0]), torch.nan)
-    return u.to(x.dtype).contiguous(), s.float(), vh.to(x.dtype).contiguous()
+    if not bool(finite.all()):
+        left[~finite[:, 0, 0]], right[~finite[:, 0, 0]], values[~finite[:, 0, 0]] = torch.nan, torch.nan, torch.nan
+    sign = reference.positive_peak((right if tall else left).mT.to(x.dtype)).mT
+    u, v = (right, left) if tall else (left, right)
+    s = reference.power_of_two(values, exponent[:, 0])
+    return u.mul_(sign).mT.to(x.dtype).contiguous(), s.float(), v.mul_(sign).to(x.dtype)
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,8 +85,9 @@ def _methods(a: Tensor, size: Tensor, rank: int, residuals: bool) -> Iterator[tu
     """(which matrices of a [B, m, d], m ≤ d; their triplets), from the fastest method whose result passes."""
     left = torch.arange(len(a), device=a.device)
     rest = a, size  # of the matrices that are left
-    krylov: Iterate = partial(block_krylov, residuals=residuals)
-    for iterate in [krylov] if residuals else [filtered, krylov]:
+    krylov, exact = (partial(block_krylov, residuals=strictly) for strictly in (False, True))
+    methods: list[Iterate] = [exact] if residuals else [filtered, krylov, exact]
+    for iterate in methods:
         for good, found in iterate(*rest, rank):
             yield left[good], found
             left = left[~good]
@@ -93,7 +95,7 @@ def _methods(a: Tensor, size: Tensor, rank: int, residuals: bool) -> Iterator[tu
             return
         if len(left) < len(rest[0]):
             rest = a[left], size[left]
-    found = _gram_eigh(rest[0], rank)
+    found = _gram_eigh(*rest, rank)
     good = _triplets.orthonormal(found) & _triplets.converged(rest[0], found)
     yield left[good], found[good]
     left = left[~good]
@@ -102,9 +104,9 @@ def _methods(a: Tensor, size: Tensor, rank: int, residuals: bool) -> Iterator[tu
         yield left, Triplets(u[..., :rank].mT, s[:, :rank], vh[:, :rank])
 
 
-def _gram_eigh(a: Tensor, rank: int) -> Triplets:
+def _gram_eigh(a: Tensor, size: Tensor, rank: int) -> Triplets:
     wide = a.double()
-    _, vectors = _triplets.ritz(wide @ wide.mT, rank)
+    _, vectors = _triplets.ritz(wide @ wide.mT, rank, size)
     return _triplets.triplets(vectors, vectors @ wide)
 
 
