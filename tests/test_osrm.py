@@ -18,6 +18,7 @@ from rmm_kernels import load_adapter
 from rmm_kernels.methods import Covariance, covariances, least_energy, osrm
 
 TASKS = ("one", "two", "three")
+LAST = torch.tensor([[1], [1], [1], [0]])
 
 
 class Model(nn.Module):
@@ -150,7 +151,7 @@ def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     torch.manual_seed(0)
     transformers.BertModel(transformers.BertConfig(vocab_size=50, **size)).save_pretrained(tmp_path / "bert")
-    news, law = ([{"input_ids": torch.randint(50, (4, 7))}] for _ in range(2))
+    news, law = ([{"input_ids": torch.randint(50, (8, 7))}] for _ in range(2))
 
     def train(tuned: nn.Module, task: str) -> None:
         for name, parameter in tuned.named_parameters():
@@ -169,8 +170,15 @@ def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "change, message",
     [
         ({"batches": {"one": batches(0)}}, "batches holds 1 tasks; at least 2 are needed"),
-        ({"batches": {"one": batches(0), "two": []}}, "task 'two' has no sample"),
-        ({"batches": {"one": batches(0), "two": [{"h": torch.ones(3, 12), "g": torch.ones(3, 20)}]}}, "fewer than rank 4"),
+        ({"batches": {"one": batches(0), "two": []}}, "task 'two' has no samples; at least 4 are needed, as many as rank"),
+        (
+            {"batches": {"one": batches(0), "two": [{"h": torch.ones(3, 9, 12), "g": torch.ones(3, 9, 20)}]}},
+            "task 'two' has 3 samples; at least 4 are needed",  # of 27 vectors
+        ),
+        (
+            {"batches": {"one": batches(0), "two": [{**batches(1)[0], "attention_mask": torch.eye(4, 9).long() * LAST}]}},
+            "task 'two' has 3 samples; at least 4 are needed",  # the last one's positions are all masked
+        ),
         (
             {"batches": {"one": batches(0), "two": [{"h": torch.full((9, 12), torch.nan), "g": torch.ones(9, 20)}]}},
             "NaN or Inf",
@@ -186,6 +194,18 @@ def test_bad_input(model: Model, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         osrm(model, **given)
     assert not model.query._forward_pre_hooks
+
+
+def test_a_layer_that_is_hardly_used() -> None:
+    """Samples are counted of the model; a layer may be given less."""
+
+    class Branch(Model):
+        def forward(self, h: Tensor, g: Tensor, attention_mask: Tensor | None = None) -> None:
+            self.query(h)
+            self.value(g[:1, 0])
+
+    with pytest.raises(ValueError, match="task 'one': module 'value' was given 3 vectors by 12 samples; at least 4 are needed"):
+        run(Branch().eval())
 
 
 def test_saving_where_something_is(model: Model, tmp_path: Path) -> None:

@@ -144,8 +144,9 @@ def osrm(
 
     Args:
         model: called as `model(**batch)`, in the mode it is in: put it into eval mode first.
-        batches: by task, at least two; each batch the model's arguments. Where it has `attention_mask` [B, L], positions with 0
-            do not count.
+        batches: by task, at least two; each batch the model's arguments, with samples along the first dimension of its tensors.
+            Where it has `attention_mask` [B, L], positions with 0 do not count, nor do samples that have no other. Every task
+            needs `rank` samples at least: fewer say too little of where its inputs lie.
         target_modules: as in PEFT: a linear layer is adapted if its path is one of them or ends in a dot and one of them.
         rank: of the adapters, at most each layer's in_features. The authors' code uses rank 8, alpha 16, query and value, and
             100 samples a task.
@@ -155,8 +156,8 @@ def osrm(
         base_model: what the config is to call the base model; model.name_or_path unless given.
 
     Raises:
-        ValueError: fewer than two tasks; no linear layer matches; `rank` is out of range; a task has no sample, fewer vectors
-            than `rank`, or NaN or Inf in a layer's input.
+        ValueError: fewer than two tasks; no linear layer matches; `rank` is out of range; a task has no sample or fewer than
+            `rank` of them, or a layer was given fewer vectors than that, or NaN or Inf.
     """
     modules = _linear_layers(model, target_modules)
     _check(modules, batches, rank, variant)
@@ -218,19 +219,31 @@ def _check(modules: Mapping[str, nn.Linear], batches: Mapping[str, object], rank
 def _collect(
     model: nn.Module, task: str, batches: Iterable[Mapping[str, Tensor]], modules: Mapping[str, nn.Linear], rank: int
 ) -> dict[str, Covariance]:
+    samples = 0
     with covariances(modules) as (found, state), torch.no_grad():
         for batch in batches:
             mask = batch.get("attention_mask")
             state["mask"] = None if mask is None else mask.bool()
+            samples += _samples(batch, state["mask"])
             model(**batch)
+    if samples < rank:
+        raise ValueError(f"task {task!r} has {samples or 'no'} samples; at least {rank} are needed, as many as rank")
     for name, covariance in found.items():
-        if covariance.count == 0:
-            raise ValueError(f"task {task!r} has no sample: module {name!r} was given nothing")
         if covariance.count < rank:
-            raise ValueError(f"task {task!r}: module {name!r} was given {covariance.count} vectors, fewer than rank {rank}")
+            raise ValueError(
+                f"task {task!r}: module {name!r} was given {covariance.count or 'no'} vectors by {samples} samples; at least "
+                f"{rank} are needed, as many as rank"
+            )
         if not bool(covariance.second.isfinite().all()):
             raise ValueError(f"task {task!r}: the input of module {name!r} holds NaN or Inf, or overflows")
     return found
+
+
+def _samples(batch: Mapping[str, Tensor], mask: Tensor | None) -> int:
+    """Those with a position that counts."""
+    if mask is not None:
+        return int(mask.flatten(1).any(1).sum())
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 0)
 
 
 def _share(covariance: Tensor, directions: Tensor) -> float:

@@ -40,8 +40,8 @@ def large_svd(x: Tensor, rank: int, residuals: bool) -> tuple[Tensor, Tensor, Te
         rank: 0 to min(m, k).
         residuals: hold every triplet to ‖A v − σ u‖ ≤ 5e-6 σ₁. Otherwise ‖A − U S Vᵀ‖ alone is held to within 1e-6 ‖A‖ of the
             least possible, which is reached earlier where σ falls slowly: what a low-rank approximation needs. (Twice that
-            where one σ is a thousand times an almost flat rest, of which the estimate falls short.) How far beyond that a matrix
-            gets may then depend on the others of its batch.
+            where one σ is a thousand times an almost flat rest, of which the estimate falls short.) How far beyond that a
+            matrix gets may then depend on the others of its batch.
     """
     if 0 in (*x.shape, rank) or x.dtype == torch.float64:
         return reference.truncated_svd(x, rank)
