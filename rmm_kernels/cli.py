@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--scale", type=float, default=1.0, metavar="λ", help="of the low-rank parts; default 1")
     command.add_argument("--finish", choices=("average", "ties"), default="average", help="how low-rank parts are merged")
     command.add_argument("-r", "--rank", type=int, metavar="R", help="of a merged adapter, at most")
+    _add_names(command)
     _add_json(command)
     command.set_defaults(run=_lore)
 
@@ -252,9 +253,11 @@ def _lore(options: argparse.Namespace) -> int:
     if any(is_checkpoint(path) for path in options.models):
         if options.rank is not None:
             raise ValueError("--rank is for adapters; a merged checkpoint is dense")
+        if options.names is not None:
+            raise ValueError("--names is for adapters; an error tells checkpoints by their paths")
         objective = lore_checkpoints(options.models, options.output, settings)
     else:
-        merged = lore_adapters(options.models, settings, rank=options.rank)
+        merged = lore_adapters(options.models, settings, names=options.names, rank=options.rank)
         merged.save(options.output)
         objective = merged.objective
     if options.json:

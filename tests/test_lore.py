@@ -210,7 +210,7 @@ def test_checkpoints(tmp_path: Path, prox: Any, mu: float, finish: Any) -> None:
         ({"a.weight": torch.ones(12, 9).half()}, "a.weight has dtype torch.float32 in"),
         ({"half.weight": torch.full((8, 8), torch.nan).half()}, "half.weight holds NaN or Inf"),
         ({"a.bias": torch.full((12,), torch.inf)}, "a.bias holds NaN or Inf"),
-        ({"ids": torch.zeros(4).long()}, r"ids \(torch.int64\) differs between"),
+        ({"ids": torch.zeros(4).long()}, r"ids \(int64\) differs between"),
     ],
 )
 def test_checkpoints_that_do_not_fit(tmp_path: Path, change: dict[str, Tensor | None], message: str) -> None:
@@ -231,6 +231,24 @@ def test_a_missing_shard(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checkpoints holds 1; at least 2 are needed"):
         lore_checkpoints(paths[:1], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m0", "m1"]
+
+
+def test_nothing_overflows_in_silence(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    """A large λ, in fp16. Of three: what is left of two is opposite and sums to 0."""
+    settings = Settings(0.1, scale=1e12, finish="ties")
+    paths = [write(tmp_path / f"m{i}", tensors(i)) for i in range(3)]
+    with pytest.raises(ValueError, match=r"half\.weight as merged overflows float16"):
+        lore_checkpoints(paths, tmp_path / "out", settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m0", "m1", "m2"]
+    halves = [make_adapter(name, dtype=torch.float16) for name in ("one", "two", "three")]
+    with pytest.raises(ValueError, match=r"lora_a of module 'layers\.0\.q' as merged overflows float16"):
+        lore_adapters(halves, settings)
+
+
+def test_checkpoints_without_tensors(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"m{i}", {}) for i in range(2)]
+    with pytest.raises(CheckpointError, match="m0 holds no tensor"):
+        lore_checkpoints(paths, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

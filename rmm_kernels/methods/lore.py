@@ -22,6 +22,7 @@ from .._files import check_target, new_directory
 from ..adapters import Adapter, LoraFactors, load_adapters, save_adapter
 from ..checkpoints import Checkpoint, CheckpointError, check_alike, write_checkpoint
 from ..ops.gram import gram
+from ..storage import dtype_name
 from .pt_svd import lora_config, low_rank
 
 Prox = Literal["squared", "fixed"]
@@ -153,7 +154,8 @@ def lore_adapters(
 
     Raises:
         AdapterError: an adapter can't be read, or shapes differ.
-        ValueError: fewer than two adapters; they hold NaN or Inf; base models differ; `rank` is out of range.
+        ValueError: fewer than two adapters; they hold NaN or Inf; base models differ; `rank` is out of range; what is merged
+            overflows the first adapter's dtype.
     """
     settings = settings or Settings()
     opened = load_adapters(adapters, names)
@@ -210,7 +212,15 @@ def _merge_module(
     kept = max(1, int((s > _NEGLIGIBLE * s[0]).sum()))
     kept = min(kept, rank or kept)
     root = s[:kept].sqrt()
-    return LoraFactors((root[:, None] * vh[:kept]).to(dtype), (u[:, :kept] * root).to(dtype), 1.0), objective
+    a = _fits((root[:, None] * vh[:kept]).to(dtype), f"lora_a of module {module!r}")
+    b = _fits((u[:, :kept] * root).to(dtype), f"lora_b of module {module!r}")
+    return LoraFactors(a, b, 1.0), objective
+
+
+def _fits(merged: Tensor, name: str) -> Tensor:
+    if not bool(merged.isfinite().all()):
+        raise ValueError(f"{name} as merged overflows {dtype_name(merged.dtype)}")
+    return merged
 
 
 def _total(traces: list[list[float]]) -> list[float]:
@@ -230,8 +240,8 @@ def lore_checkpoints(checkpoints: Sequence[str | Path], directory: str | Path, s
 
     Raises:
         CheckpointError: a checkpoint can't be read or a shard is missing; names, shapes or dtypes differ, or integer tensors
-            do; a tensor holds NaN or Inf.
-        ValueError: fewer than two checkpoints.
+            do; a tensor holds NaN or Inf, or there is none.
+        ValueError: fewer than two checkpoints; a merged tensor overflows its dtype.
         OSError: the directory exists and is not empty, or can't be written.
     """
     settings = settings or Settings()
@@ -240,6 +250,8 @@ def lore_checkpoints(checkpoints: Sequence[str | Path], directory: str | Path, s
         raise ValueError(f"checkpoints holds {len(checkpoints)}; at least 2 are needed")
     opened = [Checkpoint(path) for path in checkpoints]
     check_alike(opened)
+    if not opened[0]:
+        raise CheckpointError(f"checkpoint {opened[0].path} holds no tensor")
     traces: list[list[float]] = []
     with new_directory(directory) as staging:
         write_checkpoint(staging, _merged_tensors(opened, settings, traces))
@@ -257,12 +269,13 @@ def _merged_tensors(opened: list[Checkpoint], settings: Settings, traces: list[l
         if not first.dtype.is_floating_point:
             for checkpoint, tensor in zip(opened, tensors, strict=True):
                 if not torch.equal(tensor, first):
-                    raise CheckpointError(f"{name} ({first.dtype}) differs between {opened[0].path} and {checkpoint.path}")
+                    integers = f"{name} ({dtype_name(first.dtype)})"
+                    raise CheckpointError(f"{integers} differs between {opened[0].path} and {checkpoint.path}")
             yield name, first
         elif first.ndim != 2 or min(first.shape) < 2:
-            yield name, torch.stack([tensor.double() for tensor in tensors]).mean(0).to(first.dtype)
+            yield name, _fits(torch.stack([tensor.double() for tensor in tensors]).mean(0).to(first.dtype), name)
         else:
             shared, delta, objective = decompose(torch.stack(tensors), settings)
             traces.append(objective)
             own = delta.mean(0) if settings.finish == "average" else ties(delta, settings.density)
-            yield name, (shared + settings.scale * own).to(first.dtype)
+            yield name, _fits((shared + settings.scale * own).to(first.dtype), name)
