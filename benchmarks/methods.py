@@ -1,8 +1,8 @@
-"""PT-SVD's and LoRE's speed and accuracy beside plain torch, and OSRM's memory.
+"""PT-SVD's and LoRE's speed and accuracy beside plain torch; OSRM's memory, and its subspaces beside fp64.
 
     python -m benchmarks.methods pt_svd --adapters ../shared/adapters
     python -m benchmarks.methods lore --adapters ../shared/adapters          (4 minutes; with --check, 7)
-    python -m benchmarks.methods osrm
+    python -m benchmarks.methods osrm --adapters ../shared/adapters
 
 Every run replaces its rows in the output file.
 """
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import resource
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -26,8 +28,10 @@ from torch import Tensor
 
 from rmm_kernels import load_adapter
 from rmm_kernels.methods import Settings, covariances, lore_adapters
+from rmm_kernels.methods import osrm as initialise
 from rmm_kernels.methods.pt_svd import low_rank
 
+from . import osrm as experiment
 from .timing import stopwatch
 
 HERE = Path(__file__).resolve().parent
@@ -156,7 +160,42 @@ def osrm(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             rows.append({"vectors": target, "held_bytes": held, "peak_mb": peak, "seconds": time.perf_counter() - begin})
             print(f"{target} vectors of 1024: held {held} bytes, the process at most {peak:.0f} MB")
-    return rows
+    return rows + ([osrm_angles(arguments.adapters)] if arguments.adapters else [])
+
+
+def osrm_angles(adapters: Path) -> dict[str, Any]:
+    """The largest sine of a principal angle between OSRM's subspaces on MiniLM and those of fp64 eigh of all inputs, kept."""
+    base, tokenizer = experiment.encoder()
+    modules = {name: layer for name, layer in base.named_modules() if name.endswith(tuple(f".{t}" for t in experiment.TARGETS))}
+    given = {}
+    for path in sorted((adapters / "texts").glob("*.json")):
+        texts = json.loads(path.read_text())["train"][: experiment.CALIBRATION]
+        given[path.stem] = [inputs for inputs, _ in experiment.batches(texts, tokenizer, 50)]
+    kept: dict[str, dict[str, list[Tensor]]] = {task: {name: [] for name in modules} for task in given}
+    for task, batches in given.items():
+        for inputs in batches:
+            mask = inputs["attention_mask"].bool()
+
+            def keep(layer: Any, args: Any, name: str, task: str = task, mask: Tensor = mask) -> None:
+                kept[task][name].append(args[0][mask].double())
+
+            handles = [layer.register_forward_pre_hook(partial(keep, name=name)) for name, layer in modules.items()]
+            with torch.no_grad():
+                base(**inputs)
+            for handle in handles:
+                handle.remove()
+    found = initialise(base, given, experiment.TARGETS, experiment.RANK)
+    worst, least = 0.0, math.inf
+    for task in given:
+        for name in modules:
+            h = torch.cat([part for other in given if other != task for part in kept[other][name]])
+            values, vectors = torch.linalg.eigh(h.mT @ h)
+            a, low = found.lora_a[task][name].double(), vectors[:, : experiment.RANK]
+            worst = max(worst, float(torch.linalg.matrix_norm(a - a @ low @ low.mT, 2)))
+            least = min(least, float((values[experiment.RANK] - values[experiment.RANK - 1]) / values[-1]))
+    subspaces = len(given) * len(modules)
+    print(f"MiniLM, {subspaces} subspaces: sine of the largest angle {worst:.1e}, least gap {least:.1e} of the largest energy")
+    return {"matrix": "MiniLM", "subspaces": subspaces, "largest_sine": worst, "least_gap": least}
 
 
 def _size(text: str) -> Any:
