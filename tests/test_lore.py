@@ -297,6 +297,11 @@ def test_command(make_adapter: MakeAdapter, tmp_path: Path, capsys: pytest.Captu
     assert cli.main(["lore", *files, "-o", str(tmp_path / "model"), "--prox", "squared", "--finish", "ties"]) == 0
     assert capsys.readouterr().out.split()[:2] == ["iteration", "objective"]
     assert set(Checkpoint(tmp_path / "model")) == set(tensors(0))
+    twice = ["lore", paths[0], paths[0], "-o", str(tmp_path / "same")]
+    assert cli.main(twice) == 2 and "give names" in capsys.readouterr().err
+    assert cli.main([*twice, "--names", "a", "b"]) == 0 and capsys.readouterr().out
+    assert cli.main(["lore", *files, "-o", str(tmp_path / "bad"), "--names", "a", "b"]) == 2
+    assert capsys.readouterr().err.startswith("rmm-kernels: error: --names is for adapters")
     assert cli.main(["lore", *files, "-o", str(tmp_path / "bad"), "--mu", "-1"]) == 2
     assert capsys.readouterr().err == "rmm-kernels: error: mu is -1.0; it must be finite and at least 0\n"
     assert not (tmp_path / "bad").exists()
