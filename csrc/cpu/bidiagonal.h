@@ -286,7 +286,7 @@ void decompose_two(Bidiagonal<V>* cores, int64_t count, V* const* values, V* con
 template <int K, class V, class M>
 void decompose_two_of(Bidiagonal<V>* cores, int64_t count, V* const* values, V* const* vectors, V* const* kept, M* good,
                       Pair<V>* room) {
-  if constexpr (K > 16) {
+  if constexpr (K > 8 || sizeof(Scalar<V>) == 8) {  // enough for the shortest loops; more would take long to compile
     decompose_two<0>(cores, count, values, vectors, kept, good, room);
   } else if (cores[0].k == K) {
     decompose_two<K>(cores, count, values, vectors, kept, good, room);

@@ -21,7 +21,7 @@ RMM_DECLARE_KERNEL(void compress(const CompressArgs& args, int64_t begin, int64_
 namespace RMM_ISA {
 
 // Groups of positions, one per lane, each loaded, centred and written by itself, but factored in pairs; of two pairs the
-// singular values are found abreast. Where a pair is too large for that to stay in the caches, the second one is left empty.
+// singular values are found abreast. Where a group takes megabytes, the second pair is left empty.
 template <class T>
 class Compressor {
  public:
@@ -38,7 +38,7 @@ class Compressor {
         rows_(tall_ ? r_ : columns_),
         task_(r_ | 1),
         jacobi_(k_),
-        abreast_(n_ * r_ <= 512 ? 4 : 2),
+        abreast_(n_ * r_ <= 65536 ? 4 : 2),
         values_room_(5 * k_),
         found_(values_room_.take(5 * k_)),
         wide_scratch_(2 * (columns_ * r_ + k_ * k_ + 12 * k_ + live_ * (k_ + 1) + p_ * r_)),

@@ -124,7 +124,7 @@ void jacobi_sweeps(Vec<T>* a, int64_t rows_given, int64_t all_rows_given, int64_
 template <class T, int Rows>
 void jacobi_of(Vec<T>* a, int64_t rows, int64_t all_rows, int64_t cols, const ColumnPair* pairs, Turn<T>* turns,
                Vec<T>* norms) {
-  if constexpr (Rows > 16) {
+  if constexpr (Rows > 3) {  // more columns seldom come here
     jacobi_sweeps<T, 0>(a, rows, all_rows, cols, pairs, turns, norms);
   } else if (rows == Rows && all_rows == rows) {
     jacobi_sweeps<T, Rows>(a, rows, rows, cols, pairs, turns, norms);
