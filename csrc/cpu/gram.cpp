@@ -19,7 +19,7 @@ template <class T>
 void gram_groups(const GramArgs& args, int64_t begin, int64_t end) {
   const View &x = args.x, &out = args.out;
   const int64_t batch = x.size[0], m = x.size[1], k = x.size[2];
-  Scratch<T> scratch(k + k * k);
+  Scratch<Vec<T>> scratch(k + k * k);
   Vec<T>*row = scratch.take(k), *sums = scratch.take(k * k);
   const T share = T(1) / static_cast<T>(k);
   for (int64_t group = begin; group < end; ++group) {

@@ -1,6 +1,6 @@
 // project: coefficients of tasks on a basis, one position per lane.
 
-#include "jacobi.h"
+#include "dense.h"
 #include "tile.h"
 
 namespace rmm {
@@ -18,7 +18,7 @@ template <class T>
 void project_groups(const ProjectArgs& args, int64_t begin, int64_t end) {
   const View &x = args.x, &basis = args.basis, &coeff = args.coeff;
   const int64_t n = x.size[0], positions = x.size[1], r = x.size[2], p = coeff.size[1];
-  Scratch<T> scratch((p + 2) * r + p);
+  Scratch<Vec<T>> scratch((p + 2) * r + p);
   Vec<T>*u = scratch.take((p + 1) * r), *centred = scratch.take(r), *c = scratch.take(p);
   for (int64_t group = begin; group < end; ++group) {
     const int64_t first = group * kLanes<T>;
@@ -29,7 +29,7 @@ void project_groups(const ProjectArgs& args, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < n; ++i) {
       load_tile<T>(x.dtype, x.at(i, first), x.stride[1], x.stride[2], lanes, r, centred);
       for (int64_t j = 0; j < r; ++j) centred[j] -= u[j];
-      dots<T>(centred, u + r, r, p, c);
+      dots(centred, u + r, r, p, c);
       store_tile<T>(coeff.dtype, coeff.at(i, 0, first), coeff.stride[2], coeff.stride[1], lanes, p, c);
     }
   }

@@ -18,7 +18,7 @@ template <class T>
 void reconstruct_groups(const ReconstructArgs& args, int64_t begin, int64_t end) {
   const View &basis = args.basis, &coeff = args.coeff, &out = args.out;
   const int64_t positions = basis.size[1], r = basis.size[2], p = coeff.size[1];
-  Scratch<T> scratch((p + 2) * r + p);
+  Scratch<Vec<T>> scratch((p + 2) * r + p);
   Vec<T>*u = scratch.take((p + 1) * r), *sum = scratch.take(r), *c = scratch.take(p);
   for (int64_t group = begin; group < end; ++group) {
     const int64_t first = group * kLanes<T>;

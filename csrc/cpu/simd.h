@@ -8,6 +8,10 @@
 #include "../common/view.h"
 #include "isa.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>  // for what compilers have no vector operation of, or a slow one
+#endif
+
 namespace rmm {
 namespace RMM_ISA {
 
@@ -40,7 +44,8 @@ struct Bits<float> {
   static constexpr float tiny = 1e-30f;  // squares below this count as zero
   static constexpr float epsilon = 1.1920929e-7f;
   static constexpr float largest = 3.40282347e38f;
-  static constexpr float deficient = 1e-6f;  // σ below this fraction of the largest counts as zero
+  static constexpr float deficient = 1e-6f;                        // σ below this fraction of the largest counts as zero
+  static constexpr float zero = 3e-9f, zero_square = zero * zero;  // far below the rounding of a matrix scaled to [2, 4)
 };
 template <>
 struct Bits<double> {
@@ -51,6 +56,7 @@ struct Bits<double> {
   static constexpr double epsilon = 2.220446049250313e-16;
   static constexpr double largest = 1.7976931348623157e308;
   static constexpr double deficient = 1e-14;
+  static constexpr double zero = 6e-18, zero_square = zero * zero;
 };
 template <class T>
 using Mask = typename VecOf<typename Bits<T>::type>::type;
@@ -103,11 +109,17 @@ RMM_INLINE Vec<T> copy_sign(Vec<T> magnitude, Vec<T> sign) {
 
 template <class T>
 RMM_INLINE bool any(Mask<T> mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
   typedef int64_t Words __attribute__((vector_size(kBytes)));
   const Words words = (Words)mask;
   int64_t all = 0;
   for (int i = 0; i < kBytes / 8; ++i) all |= words[i];
   return all != 0;
+#endif
 }
 
 // 1/√x for normal x > 0, to an ulp or so: bit trick and Newton steps, cheaper than the hardware's sqrt and division and
@@ -123,27 +135,27 @@ RMM_INLINE Vec<T> rsqrt(Vec<T> x) {
   return y + y * residual;
 }
 
-// Scratch of `count` vectors, aligned to them; freed with the object.
-template <class T>
+// Scratch of `count` V, aligned to the cache's lines; freed with the object.
+template <class V>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<Vec<T>*>(aligned_alloc(64, (static_cast<size_t>(count) * kBytes + 127) / 64 * 64))) {
+      : data_(static_cast<V*>(aligned_alloc(64, (static_cast<size_t>(count) * sizeof(V) + 127) / 64 * 64))) {
     if (data_ == nullptr) abort();  // a few hundred KiB: the process is out of memory
   }
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  // The next `count` vectors.
-  Vec<T>* take(int64_t count) {
-    Vec<T>* taken = data_ + used_;
+  // The next `count` of them.
+  V* take(int64_t count) {
+    V* const taken = data_ + used_;
     used_ += count;
     return taken;
   }
 
  private:
-  Vec<T>* data_;
+  V* data_;
   int64_t used_ = 0;
 };
 

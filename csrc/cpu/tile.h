@@ -3,10 +3,6 @@
 
 #include "simd.h"
 
-#if defined(__F16C__)
-#include <immintrin.h>  // compilers have no conversion of fp16 vectors, and a slow one of 16 to 32 bits
-#endif
-
 namespace rmm {
 namespace RMM_ISA {
 

@@ -26,16 +26,16 @@ void orthogonalise(Vec<T>* vectors, int64_t rows, int64_t c) {
   for (int pass = 0; pass < 2; ++pass) {
     for (int64_t b = 0; b < c; ++b) {
       const Vec<T>* const before = vectors + b * rows;
-      const Vec<T> along = dot<T>(before, vector, rows);
+      const Vec<T> along = dot(before, vector, rows);
       for (int64_t i = 0; i < rows; ++i) vector[i] -= along * before[i];
     }
-    const Vec<T> square = dot<T>(vector, vector, rows);
+    const Vec<T> square = dot(vector, vector, rows);
     const Mask<T> live = square > T(1e4) * Bits<T>::epsilon * Bits<T>::epsilon;
     const Vec<T> inverse = rsqrt<T>(select<T>(live, square, splat<T>(1)));
     for (int64_t i = 0; i < rows; ++i) vector[i] *= inverse;
-    if (any<T>(~live)) complete<T>(vectors, rows, c, ~live);
+    if (any<T>(~live)) complete(vectors, rows, c, ~live);
   }
-  polish_norm<T>(vector, rows);
+  polish_norm(vector, rows);
 }
 
 template <class T>
@@ -65,7 +65,7 @@ class Decomposer {
     const int lanes = left < kLanes<T> ? static_cast<int>(left) : kLanes<T>;
     load(first, lanes);
     for (int64_t i = 0; i < m_ * n_; ++i) qr_[i] = a_[i];
-    householder<T>(qr_, m_, n_, tau_, diagonal_);
+    householder(qr_, m_, n_, tau_, diagonal_);
     for (int64_t c = 0; c < n_; ++c) {
       for (int64_t i = 0; i < n_; ++i) {
         core_[c * 2 * n_ + i] = i < c ? qr_[c * m_ + i] : i == c ? diagonal_[c] : Vec<T>{};
@@ -119,7 +119,7 @@ class Decomposer {
           left[i] += sum;
         }
       }
-      const Vec<T> square = dot<T>(left, left, m_);
+      const Vec<T> square = dot(left, left, m_);
       const Mask<T> live = square > Bits<T>::tiny;
       const Vec<T> inverse = select<T>(live, rsqrt<T>(select<T>(live, square, splat<T>(1))), Vec<T>{});
       sigma_[c] = square * inverse;
@@ -153,7 +153,7 @@ class Decomposer {
   const bool tall_;
   const int64_t m_, n_, rank_;
   const Jacobi<T> jacobi_;
-  Scratch<T> scratch_;
+  Scratch<Vec<T>> scratch_;
   Vec<T>*a_, *qr_, *core_, *tau_, *diagonal_, *norms_, *row_, *left_, *right_, *sigma_;
   Scale<T> scale_;
   Mask<T> finite_;
