@@ -139,9 +139,8 @@ def configs(batch: Batch, arch: str) -> tuple[Config, Config]:
     )
 
 
-def kernels(batch: Batch, arch: str) -> dict[str, Work]:
-    """What lora_forward_ launches for `batch`, by kernel."""
-    first, second = configs(batch, arch)
+def kernels(batch: Batch, first: Config, second: Config) -> dict[str, Work]:
+    """What lora_forward_ launches for `batch` with these parameters of shrink and of expand, by kernel."""
     splits = lora_shrink.splits(first, batch.tokens, batch.r, batch.width_in)
     if lora_forward.adds_first((splits, batch.tokens, batch.r), batch.width_out, second):
         return {"shrink": shrink(batch, first), "sum": add(batch, splits), "expand": expand(batch, second, 1)}
@@ -149,7 +148,7 @@ def kernels(batch: Batch, arch: str) -> dict[str, Work]:
 
 
 def seconds(batch: Batch, gpu: Gpu) -> float:
-    return sum(work.seconds(gpu) for work in kernels(batch, gpu.arch).values())
+    return sum(work.seconds(gpu) for work in kernels(batch, *configs(batch, gpu.arch)).values())
 
 
 def sgmv(batch: Batch, gpu: Gpu) -> float:

@@ -1,4 +1,7 @@
-"""Writing: a directory that appears whole or not at all, and the files in it."""
+"""Writing: a directory that appears whole or not at all, and the files in it. And opening files of tensors.
+
+safetensors is imported where a file is read or written, for who calls the ops alone need not have it.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -55,12 +56,26 @@ def new_directory(target: str | Path) -> Iterator[Path]:
         raise
 
 
+def open_tensors(path: Path) -> Any:
+    """safetensors' handle of a file, whose tensors are read when asked for: a context, or not.
+
+    Raises:
+        SafetensorError, OSError: it can't be read, or is no such file.
+    """
+    from safetensors import safe_open
+
+    return safe_open(path, framework="pt")
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file, with the permissions any other new file in its directory gets.
 
     Raises:
         OSError: it can't be written, for want of space say.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except SafetensorError as error:

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ._files import new_directory, write_json, write_tensors
+from ._files import new_directory, open_tensors, write_json, write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -73,7 +72,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         key = self._keys[name]
-        with safe_open(self._path, framework="pt") as file:
+        with open_tensors(self._path) as file:
             return file.get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
@@ -99,7 +98,7 @@ class _Weights:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with safe_open(path, framework="pt"):  # refuses a corrupt header, and one that does not fit the file
+        with open_tensors(path):  # refuses a corrupt header, and one that does not fit the file
             pass
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -112,7 +111,7 @@ class _Weights:
 
     @functools.cached_property
     def _mapped(self) -> Any:
-        return safe_open(self.path, framework="pt")
+        return open_tensors(self.path)
 
     def tensor(self, entry: _Entry) -> Tensor:
         tensor: Tensor = self._mapped.get_tensor(entry.key)
@@ -479,6 +478,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _open_weights(directory: Path) -> _Weights:
+    from safetensors import SafetensorError
+
     path = directory / WEIGHTS
     if not path.is_file():
         if (directory / PICKLED).exists():

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ._files import write_json, write_tensors
+from ._files import open_tensors, write_json, write_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -126,8 +125,10 @@ def _files(path: Path) -> dict[str, Any]:
 
 
 def _open(path: Path) -> Any:
+    from safetensors import SafetensorError
+
     try:
-        return safe_open(path, framework="pt")
+        return open_tensors(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} can't be read: {error}") from error
 

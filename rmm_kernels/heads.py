@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .adapters import PREFIX
@@ -161,6 +160,8 @@ def heads_in(model: nn.Module, merged: MergedAdapters, attachment: str) -> dict[
 
 def _tensors(merged: MergedAdapters, task: str, file: str) -> dict[str, Tensor]:
     """ "weight" and perhaps "bias" of a task's head."""
+    from safetensors.torch import load_file
+
     parts = merged.parts[task]
     weights = [key for key in parts.extras if key.endswith(".weight") and parts.extras[key].ndim == 2]
     if len(weights) > 1:

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import delta
-from ._files import TensorStream, new_directory, write_json, write_tensors
+from ._files import TensorStream, new_directory, open_tensors, write_json, write_tensors
 from ._version import __version__
 from .adapters import CONFIG, WEIGHTS, AdapterError, StoredTensors, beyond_factors, copy_files, lora_rank, lora_scaling
 
@@ -253,6 +252,8 @@ def read(directory: str | Path) -> Stored:
 
 
 def _read(root: Path, manifest: dict[str, Any]) -> Stored:
+    from safetensors import SafetensorError
+
     tasks = tuple(str(task["name"]) for task in manifest["tasks"])
     if len(set(tasks)) != len(tasks):
         raise MergeError(f"{root / MANIFEST} lists a task twice")
@@ -260,7 +261,7 @@ def _read(root: Path, manifest: dict[str, Any]) -> Stored:
     dtype = DTYPES[manifest["dtype"]]
     path = root / FACTORS
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             stored_keys = set(file.keys())
             modules = {}
             for name, entry in manifest["modules"].items():
@@ -319,6 +320,8 @@ def _check_module(root: Path, name: str, entry: Mapping[str, Any], configs: list
 
 
 def _read_parts(root: Path, index: int, entry: Mapping[str, Any]) -> TaskParts:
+    from safetensors import SafetensorError
+
     own = root / TASKS / str(index)
     files = {}
     for name, size in entry["files"].items():
@@ -332,7 +335,7 @@ def _read_parts(root: Path, index: int, entry: Mapping[str, Any]) -> TaskParts:
     path = own.with_suffix(".safetensors")
     if extras:
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_tensors(path) as file:
                 missing = sorted(set(extras) - set(file.keys()))
         except (SafetensorError, OSError) as error:
             raise MergeError(f"{path} can't be read: {error}") from error

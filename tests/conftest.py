@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rmm_kernels import Adapter, MergedAdapters, attach, load_adapter, merge
@@ -104,6 +103,7 @@ def write_adapter(
         tensors: further tensors by key; one that exists is replaced.
         files: further files by name.
     """
+    save_file = pytest.importorskip("safetensors.torch").save_file
     generator = torch.Generator().manual_seed(zlib.crc32(path.name.encode()))
     ranks = ranks or {}
     state = {}

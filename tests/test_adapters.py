@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import SHAPES, MakeAdapter, contents, write_adapter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rmm_kernels import Adapter, AdapterError, LoraFactors, _files, load_adapter, load_adapters, save_adapter
+from rmm_kernels import Adapter, AdapterError, LoraFactors, load_adapter, load_adapters, save_adapter
 from rmm_kernels.adapters import FactorStack, factor_key, lora_rank, lora_scaling
 
 KEY = "base_model.model.layers.0.q"
@@ -515,7 +516,7 @@ def test_failed_save_leaves_nothing(
 
     target = {
         "write_json": "rmm_kernels.adapters.write_json",
-        "save_file": "rmm_kernels._files.save_file",
+        "save_file": "safetensors.torch.save_file",
         "copyfile": "shutil.copyfile",
     }
     monkeypatch.setattr(target[where], fail)
@@ -527,13 +528,14 @@ def test_failed_save_leaves_nothing(
 
 def test_full_disk_is_an_os_error(make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """safetensors has an exception of its own for it."""
+    adapter = load_adapter(make_adapter("one"))
 
     def fail(*arguments: Any, **options: Any) -> None:
-        raise _files.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(_files, "save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="No space left on device") as raised:
-        written(load_adapter(make_adapter("one")), tmp_path / "out")
+        written(adapter, tmp_path / "out")
     assert raised.value.errno == errno.ENOSPC
 
 

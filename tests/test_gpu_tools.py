@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 pytest.importorskip("triton")
 import triton_runs
@@ -26,15 +29,48 @@ from rmm_kernels.triton_ops.lora import Config, Row
 ROOT = Path(__file__).parents[1]
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+def run(*command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **variables}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def test_gpu_script_rehearses() -> None:
-    done = run("bash", "benchmarks/gpu.sh", "--dry-run")
-    assert done.returncode == 0, done.stderr
+def link_packages(folder: Path, *names: str) -> None:
+    """In `folder`, links to the installed distributions of these names and to all that they require."""
+    waiting, seen = list(names), set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        distribution = importlib.metadata.distribution(name)
+        for part in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            link = folder / part
+            if not link.is_symlink():
+                link.symlink_to(distribution.locate_file(part))
+        required = map(Requirement, distribution.requires or ())
+        waiting += [r.name for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def test_gpu_script_needs_little(tmp_path: Path) -> None:
+    """From the sources, nothing compiled, with torch, triton, numpy and pytest alone: the rehearsal, and a few tests."""
+    packages, sources, python = tmp_path / "packages", tmp_path / "sources", tmp_path / "python"
+    packages.mkdir()
+    link_packages(packages, "torch", "triton", "numpy", "pytest")
+    for folder in ("rmm_kernels", "tests", "benchmarks"):
+        ignored = shutil.ignore_patterns("*.so", "data", "results", "__pycache__")
+        shutil.copytree(ROOT / folder, sources / folder, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", sources)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without site-packages
+    python.chmod(0o755)
+    here = {"cwd": sources, "PYTHON": str(python), "PYTHONPATH": str(packages)}
+    done = run(str(python), "-c", "import safetensors", **here)
+    assert "No module named 'safetensors'" in done.stderr
+    done = run("bash", "benchmarks/gpu.sh", "--dry-run", **here)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing was timed" in done.stdout
+    tests = [f"tests/test_{op}.py" for op in ("project", "lora_forward")]
+    done = run(str(python), "-m", "pytest", "-q", *tests, "-k", "opcheck and float32", **here)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_gpu_script_needs_a_gpu() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,6 +184,16 @@ def test_float64_is_refused_by_name_where_triton_serves(monkeypatch: pytest.Monk
     rmm_kernels.lora_expand_(ones(4, 5), ones(4, 2), *EXPAND)
     ops_asked = ("gram", "truncated_svd", "project", "compress", "reconstruct", "lora_shrink", "lora_expand_")
     assert asked == list(zip(ops_asked, ("x", "x", "x", "x", "basis", "x", "y"), strict=True))
+
+
+@pytest.mark.parametrize("function", [rmm_kernels.lora_forward_, rmm_kernels.lora_forward], ids=lambda f: f.__name__)
+def test_float64_is_refused_by_the_forward_too(monkeypatch: pytest.MonkeyPatch, function: Callable[..., object]) -> None:
+    """Which finds out quickly that all fits, in the usual case."""
+    for op in ("lora_shrink", "lora_expand_"):
+        monkeypatch.setitem(_library._winner, op, {"cpu": "triton"})
+    given = (ones(4, 5), ones(4, 7), *SHRINK, *EXPAND)
+    with pytest.raises(TypeError, match="x is float64 on cpu; Triton's kernels take float32, float16 and bfloat16"):
+        function(*(value.double() if value.is_floating_point() else value for value in given))
 
 
 def test_the_compiled_part_has_every_op() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lora_inputs
@@ -20,9 +23,10 @@ from rmm_kernels import reference
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 from triton_runs import Simulator, interpret, running
 
-from rmm_kernels.triton_ops import lora, lora_forward, lora_shrink
+from rmm_kernels.triton_ops import FILES, lora, lora_forward, lora_shrink
 from rmm_kernels.triton_ops._launch import Launch
 
 SHAPE = Shape(3, 20, 18, 4, 3, 2)
@@ -161,3 +165,62 @@ def test_largest_sizes(shape: Shape) -> None:
     with running(Simulator(seeds=(1,))):
         lora_forward.lora_forward_(*p.forward)
     check(before, p.y)
+
+
+# At once a rank, components and tasks beyond what the kernels are meant for, as far as each op has them.
+BEYOND: dict[str, Callable[[], tuple[Any, ...]]] = {
+    "gram": lambda: (randn(2, 257, 65, seed=1),),
+    "truncated_svd": lambda: (randn(2, 257, 17, seed=1), 17),
+    "project": lambda: (randn(4097, 2, 257, seed=1), randn(18, 2, 257, seed=2)),
+    "reconstruct": lambda: (randn(18, 2, 257, seed=1), randn(4097, 17, 2, seed=2), torch.tensor([4096, 0])),
+    "compress": lambda: (randn(19, 2, 257, seed=1), 17),
+    "lora_shrink": lambda: problem(Shape(3, 20, 18, 257, 4097, 17), torch.float32, seed=3).shrink,
+    "lora_forward": lambda: problem(Shape(3, 20, 18, 257, 4097, 17), torch.float32, seed=3).forward,
+}
+
+
+@pytest.mark.parametrize("op", BEYOND)
+def test_larger_than_meant(op: str) -> None:
+    """Works all the same: 257 ranks, 17 components, 4097 tasks."""
+    arguments = BEYOND[op]()
+    got = ops.Overload(op, "triton", "cpu", way="interpreter")(*arguments)
+    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+    expected = getattr(reference, op)(*wide)
+    if op == "compress":  # directions are free where singular values are close
+        every = torch.arange(len(arguments[0]))
+        got, expected = (reference.reconstruct(found[0], found[1], every) for found in (got, expected))
+    if op == "truncated_svd":
+        got, expected = ((u * s[:, None]) @ vh for u, s, vh in (got, expected))
+    assert (got.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+def calls(name: str) -> list[tuple[Path, ast.Call]]:
+    """Every call of tl.<name> in the kernels' files."""
+    found = []
+    for path in sorted(Path(lora.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == f"tl.{name}":
+                found.append((path, node))
+    return found
+
+
+def test_numerics_are_stated() -> None:
+    """Each file of an op says what its kernels do, and each product in which precision: not Triton's defaults, which change."""
+    for file in set(FILES.values()) - {"lora_forward"}:  # which launches the other two's
+        assert "Numerics: " in importlib.import_module(f"rmm_kernels.triton_ops.{file}").__doc__, file
+    products = calls("dot")
+    assert len(products) >= 4
+    for path, call in products:
+        assert "input_precision" in {keyword.arg for keyword in call.keywords}, (path.name, call.lineno)
+
+
+def test_nothing_is_tuned_inside_a_call() -> None:
+    """What is launched is compiled for the parameters given, and how multiply-adds are fused is said each time."""
+    launched: list[Launch] = []
+    with running(lambda what: (launched.append(what), interpret(what))):
+        for op, arguments in ARGUMENTS.items():
+            getattr(torch.ops.rmm_kernels, op).triton(*arguments(torch.float32)[0])
+    assert len(launched) >= len(ARGUMENTS)
+    for what in launched:
+        assert type(what.kernel) is JITFunction
+        assert {"num_warps", "num_stages", "enable_fp_fusion"} <= what.options().keys()

@@ -110,6 +110,7 @@ def _fit(
             and task_ids.shape == (tokens,)
             and scaling.shape == (n,)
             and dtype in _checks.FLOATS
+            and dtype != torch.float64  # which not every device takes
             and dtype == x.dtype == basis_a.dtype == coeff_a.dtype == basis_b.dtype == coeff_b.dtype
             and scaling.dtype == reference.accumulator(dtype)
             and task_ids.dtype in _checks.IDS

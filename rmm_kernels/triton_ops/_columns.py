@@ -1,8 +1,9 @@
-"""One-sided Jacobi on up to eight columns, one matrix per lane, everything in registers.
+"""One-sided Jacobi on up to eight columns, one matrix per lane or per 2, 4 or 8 of them, everything in registers.
 
 A column is a tile [L, B]: with a warp for as many matrices as it has lanes, and the matrices last, Triton's own choice of
 layout gives a lane all L numbers of its matrix. No number then moves between lanes, no sum is anyone else's, and what a mask
-that is known at compile time selects costs nothing. Householder first turns the K columns into reflectors and a triangle
+that is known at compile time selects costs nothing. With fewer matrices, several lanes share one: each has every second (or
+so) of its rows, and sums over rows, alone, are shuffled. Householder first turns the K columns into reflectors and a triangle
 K × K, so that Jacobi turns K² numbers and not K L.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._jacobi import DEFICIENT, EPSILON, MAX_SWEEPS, TINY, find_turn, inverse_root, needs_turn
+from ._jacobi import DEFICIENT, EPSILON, LARGEST, MAX_SWEEPS, TINY, find_turn, inverse_root, needs_turn, scale_of
 
 # Times that a side of a tile may be halved. Triton 3.4 takes no function that calls itself.
 HALVINGS = tl.constexpr(8)
@@ -30,24 +31,8 @@ def stacked(upper, lower, L: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def columns_of(tile, C: tl.constexpr, L: tl.constexpr, B: tl.constexpr):
-    """The columns [L, B] of a tile [C, L, B]: a tuple of C."""
-    parts = (tile,)
-    for level in tl.static_range(HALVINGS):
-        if C // 2**level > 1:
-            halved = ()
-            for i in tl.static_range(2**level):
-                halved = halved + tl.split(tl.permute(tl.reshape(parts[i], [2, C // 2**level // 2, L, B]), [1, 2, 3, 0]))
-            parts = halved
-    columns = ()
-    for i in tl.static_range(C):
-        columns = columns + (tl.reshape(parts[i], [L, B]),)
-    return columns
-
-
-@triton.jit
-def in_lanes(tile, C: tl.constexpr, L: tl.constexpr, B: tl.constexpr):
-    """A tile [C, L, B] in fp32, each matrix in its own lane however the tile lies.
+def in_lanes(tile, L: tl.constexpr, B: tl.constexpr):
+    """A tile [L, B] in fp32, each matrix in its own lanes however the tile lies.
 
     Halves that were apart and are added to something forget the layout that they were loaded in.
     """
@@ -55,8 +40,48 @@ def in_lanes(tile, C: tl.constexpr, L: tl.constexpr, B: tl.constexpr):
     if L == 1:
         return tile
     else:
-        upper, lower = tl.split(tl.permute(tl.reshape(tile, [C, 2, L // 2, B]), [0, 2, 3, 1]))
-        return tl.reshape(tl.permute(tl.join(upper + 0.0, lower + 0.0), [0, 3, 1, 2]), [C, L, B])
+        upper, lower = halves(tile, L, B)
+        return stacked(upper + 0.0, lower + 0.0, L, B)
+
+
+@triton.jit
+def centred_columns(first, rest, inverse_n, spread, K: tl.constexpr):
+    """The first task's vector [L, B] and the K others', centred and in the Helmert basis.
+
+    Returns the scaled mean, Y's columns, scaled again; which positions are finite, and both scales' factors back, [1, B] each.
+    What is not finite is 0.
+    """
+    good = tl.abs(first) <= LARGEST
+    largest = tl.abs(first)
+    for k in tl.static_range(K):
+        good &= tl.abs(rest[k]) <= LARGEST
+        largest = tl.maximum(largest, tl.abs(rest[k]))
+    finite = tl.min(good.to(tl.int32), 0, keep_dims=True) > 0
+    up1, up2, down1, down2 = scale_of(tl.max(tl.where(finite, largest, 0.0), 0, keep_dims=True))
+
+    # As for tiles (_centred in compress.py): the first task's vector goes first, then the mean twice.
+    offset = tl.where(finite, first, 0.0) * up1 * up2
+    columns = ()
+    mean = tl.zeros_like(offset)
+    for k in tl.static_range(K):
+        columns = columns + (tl.where(finite, rest[k], 0.0) * up1 * up2 - offset,)
+        mean += columns[k]
+    mean *= inverse_n
+    remainder = -mean
+    for k in tl.static_range(K):
+        columns = exchanged(columns, k, columns[k] - mean, K)
+        remainder += columns[k]
+    more = inverse_n * remainder
+    first = -mean - more
+
+    largest = tl.zeros_like(offset)
+    for k in tl.static_range(K):
+        columns = exchanged(columns, k, columns[k] - more + spread * first, K)
+        largest = tl.maximum(largest, tl.abs(columns[k]))
+    again1, again2, back1, back2 = scale_of(tl.max(largest, 0, keep_dims=True))
+    for k in tl.static_range(K):
+        columns = exchanged(columns, k, columns[k] * again1 * again2, K)
+    return offset + (mean + more), columns, finite, down1, down2, back1, back2
 
 
 @triton.jit

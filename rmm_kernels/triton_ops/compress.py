@@ -2,9 +2,9 @@
 
 Y, the centred vectors in a Helmert basis (see csrc/cpu/compress.cpp), has K = min(r, n−1) singular values and no guaranteed
 zero. The vectors of its shorter side are the lines of a tile [C, M, B] of B positions: where Y is tall (r ≥ n−1) tasks,
-whose lines Jacobi turns into u σ; where it is wide ranks, and the rotations, gathered in V, give u. A tall Y of few numbers
-(8 tasks of 16 ranks, say) takes a kernel of its own, a position per lane and everything in registers (_columns.py); there
-the coefficients come from Y = QR, Yᵀu = Rᵀ(Qᵀu), by the inverse of the Helmert reduction.
+whose lines Jacobi turns into u σ; where it is wide ranks, and the rotations, gathered in V, give u. A tall Y of up to 8
+columns takes a kernel of its own, everything in registers (_columns.py): a position per lane (8 tasks of 16 ranks, say), or
+per 2, 4 or 8 of them. There the coefficients come from Y = QR, Yᵀu = Rᵀ(Qᵀu), by the inverse of the Helmert reduction.
 
 Numerics: fp32 throughout, no tensor cores, nothing fused but where tl.fma says so.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import reference
 from . import lora
 from ._columns import (
-    columns_of,
+    centred_columns,
     head,
     householder,
     in_lanes,
@@ -47,8 +47,10 @@ from ._jacobi import (
 from ._launch import launch, require, require_floats, vector_width
 from ._limits import LARGEST_K, LARGEST_TILE, compress_fits, power_of_two
 
-# Numbers of a matrix that a lane's registers hold: reflectors and triangle while it turns, reflectors and directions after.
-_TURNING, _TURNED = 161, 140
+# Numbers of a matrix that a lane's registers hold: reflectors and triangle while it turns, reflectors and directions after; and
+# what is left where loads don't come in fours, each number then having an address and, in shared matrices, a mask.
+_ROOM, _LITTLE_ROOM = (161, 140), (90, 90)
+_OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 
 # What is not worth a kernel of its own per value.
 SIZES = [
@@ -106,16 +108,19 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
         "RANKS_TOGETHER": basis.stride(2) == 1,
     }
     arch = lora.arch(x.device)
-    # For sm_100 the compiler packs pairs of numbers, which takes registers: it spills but where loads come in fours.
-    if _in_registers(n - 1, r, components) and (vector == 4 or not arch.startswith("sm_10")):
-        lanes = 64 if arch.startswith("gfx") else 32
+    fours = vector >= 4  # loads come in fours
+    # Of what has one lane, sm_100's compiler (it packs pairs of numbers) and Triton before 3.9 spill more than others.
+    alone = _ROOM if fours or not (_OLD or arch.startswith("sm_10")) else _LITTLE_ROOM
+    shared_by = _lanes_of_a_matrix(n - 1, r, components, alone, _ROOM if fours else _LITTLE_ROOM)
+    block = (64 if arch.startswith("gfx") else 32) // max(shared_by, 1)
+    if shared_by and (basis.stride(2) == 1 or block * x.element_size() >= 32):  # bytes of positions that lie together
         launch(
             _compress_columns,
-            (triton.cdiv(positions, lanes),),
+            (triton.cdiv(positions, block),),
             *arguments,
             **constants,
             inverse_root_n=n**-0.5,
-            B=lanes,
+            B=block,
             K=n - 1,
             COUNT=min(components, n - 1),
             num_warps=1,
@@ -131,21 +136,29 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
         WIDE=r < n - 1,
         B=group,
         P=chosen,
-        num_warps=_warps(group * tile, wide=r < n - 1),
+        num_warps=_warps(group * tile, fours, wide=r < n - 1),
     )
     return basis, coeff, energy
 
 
-def _in_registers(columns: int, r: int, components: int) -> bool:
-    """Whether a lane holds a matrix of so many columns (tests/test_triton_aot.py looks for spills)."""
-    reflectors = columns * power_of_two(r)
-    turning, turned = reflectors + columns * columns, reflectors + columns * min(components, columns)
-    return 1 <= columns <= min(r, 8) and turning <= _TURNING and turned <= _TURNED
+def _lanes_of_a_matrix(columns: int, r: int, components: int, alone: tuple[int, int], shared: tuple[int, int]) -> int:
+    """The fewest lanes that hold a matrix of so many columns in registers; 0 where none do (tests/test_triton_aot.py).
+
+    `alone` and `shared` are the room in a lane that has a matrix for itself, and in one that does not.
+    """
+    if not 1 <= columns <= min(r, 8):
+        return 0
+    for lanes in (1, 2, 4, 8):
+        turning, turned = alone if lanes == 1 else shared
+        reflectors, rows = columns * power_of_two(r) // lanes, -(-columns // lanes)
+        if reflectors + columns * rows <= turning and reflectors + rows * min(components, columns) <= turned:
+            return lanes
+    return 0
 
 
-def _warps(values: int, wide: bool) -> int:
+def _warps(values: int, fours: bool, wide: bool) -> int:
     """For tiles of so many values: as few as hold them in registers (tests/test_triton_aot.py looks for spills)."""
-    return 4 if values <= 1024 or (wide and values <= 4096) else 8
+    return 4 if values <= 1024 or (wide and fours and not _OLD and values <= 4096) else 8
 
 
 @triton.jit
@@ -227,19 +240,19 @@ def _compress_columns(
     j = tl.arange(0, M)[:, None]
     valid = (s < positions)[None, :]
     inside = valid & (j < r)
-    there = (c < K)[:, :, None] & (j < r)[None, :, :]
 
     at = (x + s * x_position)[None, :] + j.to(tl.int64) * x_rank
-    first = tl.reshape(in_lanes(tl.load(at, mask=inside, other=0.0)[None, :, :], 1, M, B), [M, B])
-    rest = tl.load(at[None, :, :] + (c[:, :, None] + 1) * x_task, mask=inside[None, :, :] & there, other=0.0)
-    rest = in_lanes(rest, C, M, B)
-    first, rest, mean, y, finite, down1, down2, back1, back2 = _centred(first, rest, there, inverse_n, spread, 0)
+    first = in_lanes(tl.load(at, mask=inside, other=0.0), M, B)
+    rest = ()
+    for k in tl.static_range(K):
+        rest = rest + (in_lanes(tl.load(at + (k + 1) * x_task, mask=inside, other=0.0), M, B),)
+    mean, y, finite, down1, down2, back1, back2 = centred_columns(first, rest, inverse_n, spread, K)
     nan = float("nan")
     to_basis = basis + s[None, :] * basis_position + j.to(tl.int64) * basis_rank
-    mean = tl.where(finite[None, :], mean * down2[None, :] * down1[None, :], nan)
+    mean = tl.where(finite, mean * down2 * down1, nan)
     tl.store(to_basis, mean.to(basis.dtype.element_ty), mask=inside)
 
-    lines, diagonal = householder(columns_of(y, C, M, B), j, K)
+    lines, diagonal = householder(y, j, K)
     core = ()
     for k in tl.static_range(K):
         core = core + (tl.where(c < k, head(lines[k], M, C, B), tl.where(c == k, diagonal[k], 0.0)),)
@@ -249,11 +262,6 @@ def _compress_columns(
     energies = tl.zeros([C, B], tl.float32)
     for k in tl.static_range(K):
         energies = tl.where(c == k, norms[k], energies)
-    finite = finite[None, :]
-    down1 = down1[None, :]
-    down2 = down2[None, :]
-    back1 = back1[None, :]
-    back2 = back2[None, :]
 
     # u, one component after the other, of falling norm; and the coefficients.
     to_coeff = coeff + s[None, :] * coeff_position
