@@ -120,6 +120,27 @@ __device__ __forceinline__ void each_stored(const Plane& plane, int rows, int64_
   }
 }
 
+// Coefficients [n, p, S] of tasks `begin` … and positions `first` …: get(i, c, position) with i and position from there. Stored
+// as T with positions innermost; in a workspace as fp32 with tasks innermost.
+template <class T, class Get>
+__device__ __forceinline__ void store_coefficients(const View& coeff, int64_t begin, int count, int p, int64_t first,
+                                                   int positions, int thread, int threads, const Get& get) {
+  const int64_t start = begin * coeff.stride[0] + first * coeff.stride[2];
+  if (coeff.stride[2] == 1) {
+    T* const to = reinterpret_cast<T*>(coeff.data) + start;
+    for (int index = thread; index < count * p * positions; index += threads) {
+      const int position = index % positions, row = index / positions, i = row / p, c = row % p;
+      to[i * coeff.stride[0] + c * coeff.stride[1] + position] = Storage<T>::narrow(get(i, c, position));
+    }
+  } else {
+    float* const to = reinterpret_cast<float*>(coeff.data) + start;
+    for (int index = thread; index < count * p * positions; index += threads) {
+      const int i = index % count, row = index / count, c = row % p, position = row / p;
+      to[i * coeff.stride[0] + c * coeff.stride[1] + position * coeff.stride[2]] = get(i, c, position);
+    }
+  }
+}
+
 // One body for every storage dtype: body(T()).
 template <class Body>
 __device__ __forceinline__ void with_dtype(Dtype dtype, const Body& body) {
