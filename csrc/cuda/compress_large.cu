@@ -77,13 +77,7 @@ __global__ void __launch_bounds__(kLargeThreads) compress_large(const __grid_con
   }
   Streamed of{};
   of.finite = !team.any(bad);
-  largest = Team<32, 1>(thread).largest(largest);
-  if (thread % 32 == 0) found[thread / 32] = __uint_as_float(largest);
-  __syncthreads();
-  for (int warp = 0; warp < kLargeThreads / 32; ++warp) {
-    const uint32_t other = __float_as_uint(found[warp]);
-    largest = other > largest ? other : largest;
-  }
+  largest = largest_of_block(thread, largest, found);
   of.live = of.finite && largest > 0;
   of.scale = scale_of(of.live ? largest : 0);
   for (int j = thread; j < r; j += kLargeThreads) {

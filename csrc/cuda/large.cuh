@@ -148,6 +148,20 @@ __device__ __forceinline__ void orthogonalise(const LargeTeam& team, const Large
   }
 }
 
+// The largest over a block; the same in all its threads. room: for a value of each warp.
+__device__ __forceinline__ uint32_t largest_of_block(int thread, uint32_t value, float* room) {
+  value = Team<32, 1>(thread).largest(value);
+  __syncthreads();
+  if (thread % 32 == 0) room[thread / 32] = __uint_as_float(value);
+  __syncthreads();
+#pragma unroll
+  for (int warp = 0; warp < kLargeThreads / 32; ++warp) {
+    const uint32_t other = __float_as_uint(room[warp]);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
 // The core → u, its columns' norms, and in which order they fall.
 __device__ __forceinline__ void directions_of_core(const LargeTeam& team, const Large& at, float* shared, float* core, float* u,
                                                    Dtype stored) {

@@ -22,6 +22,16 @@ inline Plane plane_of(const View& view) {
   return {view, positions_inside, aligned};
 }
 
+// The view with its axes in the order that is given, and that of `count` from `first` on along an axis.
+inline View permuted(const View& of, int a, int b, int c) {
+  return {of.data, of.dtype, {of.size[a], of.size[b], of.size[c]}, {of.stride[a], of.stride[b], of.stride[c]}};
+}
+inline View narrowed(View of, int axis, int64_t first, int64_t count) {
+  of.data += first * of.stride[axis] * element_size(of.dtype);
+  of.size[axis] = count;
+  return of;
+}
+
 // a / b for small non-negative numbers (below 2^22), by `inverse` = 1 / b.
 __device__ __forceinline__ int quotient(int a, float inverse) {
   return __float2int_rz((static_cast<float>(a) + 0.5f) * inverse);

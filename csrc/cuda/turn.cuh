@@ -9,14 +9,4 @@ namespace rmm {
 // is innermost there. Dtypes may differ.
 void turn(const Queue& queue, const View& from, const View& to);
 
-// The view with its axes in the order that is given, and that with positions `first` … `first + count` − 1 of an axis.
-inline View permuted(const View& of, int a, int b, int c) {
-  return {of.data, of.dtype, {of.size[a], of.size[b], of.size[c]}, {of.stride[a], of.stride[b], of.stride[c]}};
-}
-inline View narrowed(View of, int axis, int64_t first, int64_t count) {
-  of.data += first * of.stride[axis] * element_size(of.dtype);
-  of.size[axis] = count;
-  return of;
-}
-
 }  // namespace rmm
