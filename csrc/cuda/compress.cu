@@ -322,7 +322,11 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
     return std::make_tuple(basis, coeff, energy);
   };
   const bool fits = k <= 64 && place + team <= most_floats;
-  if (r >= 1 && r <= kStreamedRanks && n > r && (n > kStreamedTasks * r || !fits)) {
+  if (fits) {
+    args.team_size = static_cast<int>(team), args.place_size = static_cast<int>(place);
+    share(args, k <= 16 ? 16 : 8, most_floats);
+  }
+  if (r >= 1 && r <= kStreamedRanks && n > r && (n > kStreamedTasks * r || !fits || args.positions < 8)) {
     CompressStreamed streamed{};
     streamed.n = args.n;
     place_streamed(streamed, r, components, most_floats);
@@ -332,8 +336,6 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
     });
   }
   if (fits) {
-    args.team_size = static_cast<int>(team), args.place_size = static_cast<int>(place);
-    share(args, k <= 16 ? 16 : 8, most_floats);
     return launch_all(args.positions, 0, [&](const View& x, const View& basis, const View& coeff, const View& energy, float*) {
       args.x = plane_of(x), args.basis = plane_of(basis), args.coeff = coeff, args.energy = energy;
       launch_team(queue, args);

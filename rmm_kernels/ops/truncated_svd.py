@@ -18,13 +18,14 @@ def truncated_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading `rank` singular triplets of every matrix, as `torch.linalg.svd` orders them.
 
     Batches of at least 16 matrices up to 64 on their shorter side go to this package's kernel, one-sided Jacobi with a matrix
-    in every SIMD lane (Triton's takes a tile of up to 16384 values; CUDA's up to 128, a block each). Beyond 128, in fp32, fp16 and bf16, a block Krylov method
-    takes over where the rank is small (at most a quarter of the shorter side, less 8), else the Gram matrix and eigh in fp64;
-    what either returns is checked (orthonormality and residuals to 5e-6, energy), and a matrix that fails goes on to the next
-    method, in the end to torch.linalg.svd. That waits for a GPU to finish. All others go to torch.linalg.svd at once.
+    in every SIMD lane (Triton's takes a tile of up to 16384 values; CUDA's up to 128, a block each). Beyond 128, in fp32, fp16
+    and bf16, a block Krylov method takes over where the rank is small (at most a quarter of the shorter side, less 8), else the
+    Gram matrix and eigh in fp64; what either returns is checked (orthonormality and residuals to 5e-6, energy), and a matrix
+    that fails goes on to the next method, in the end to torch.linalg.svd. That waits for a GPU to finish. All others go to
+    torch.linalg.svd at once.
 
     Signs are deterministic: the component of largest magnitude of every left singular vector is positive, the lowest index
-    on ties. A matrix that holds NaN or Inf gives NaN and leaves its neighbours alone.
+    on ties. A matrix that holds NaN or Inf gives NaN and leaves its neighbours alone: NaN in its S is the info flag.
 
     Args:
         x: [B, m, k], fp32, fp16, bf16 or fp64, any strides.
