@@ -7,7 +7,7 @@ namespace rmm {
 
 // The core and the vectors are in shared memory if Resident, else in the block's workspace.
 template <bool Resident>
-__global__ void __launch_bounds__(kLargeThreads) compress_large(const __grid_constant__ CompressLarge args) {
+__global__ void __launch_bounds__(kLargeThreads, 2) compress_large(const __grid_constant__ CompressLarge args) {
   extern __shared__ float4 shared_memory[];
   float* const shared = reinterpret_cast<float*>(shared_memory);
   const Large& at = args.at;

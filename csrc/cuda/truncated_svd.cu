@@ -137,7 +137,7 @@ struct SvdLarge {
 // One matrix per block, its columns in chunks, three times: for their scale, for the core, for the right vectors. The core and
 // the vectors are in shared memory if Resident, else in the block's workspace.
 template <bool Resident>
-__global__ void __launch_bounds__(kLargeThreads) truncated_svd_large(const __grid_constant__ SvdLarge args) {
+__global__ void __launch_bounds__(kLargeThreads, 2) truncated_svd_large(const __grid_constant__ SvdLarge args) {
   extern __shared__ float4 shared_memory[];
   float* const shared = reinterpret_cast<float*>(shared_memory);
   const Large& at = args.at;
