@@ -179,22 +179,22 @@ __global__ void compress_team(const __grid_constant__ Compress args) {
 
   with_dtype(args.x.view.dtype, [&](auto dtype) {
     using Element = decltype(dtype);
-    each_loaded<Element>(args.x, n, first, positions, thread, threads,
-                         [&](int i, int position, int j, const float (&values)[kVector<Element>], int count) {
-                           if (!args.x.positions_inside && count == kVector<Element> && r % 4 == 0) {
-                             float* const to = places + position * place_size + i * r + j;
+    each_loaded<Element, true>(args.x, n, first, positions, thread, threads,
+                               [&](int i, int position, int j, const float (&values)[kVector<Element>], int count) {
+                                 if (!args.x.positions_inside && count == kVector<Element> && r % 4 == 0) {
+                                   float* const to = places + position * place_size + i * r + j;
 #pragma unroll
-                             for (int e = 0; e < kVector<Element>; e += 4) {
-                               store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
-                             }
-                             return;
-                           }
-                           const bool inside = args.x.positions_inside;
-                           float* const to = places + position * place_size + i * r + j;
-                           const int step = inside ? place_size : 1;
-                           in_turn(values, count, inside ? position / kVector<Element> : 0,
-                                   [&](int e, float value) { to[e * step] = value; });
-                         });
+                                   for (int e = 0; e < kVector<Element>; e += 4) {
+                                     store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
+                                   }
+                                   return;
+                                 }
+                                 const bool inside = args.x.positions_inside;
+                                 float* const to = places + position * place_size + i * r + j;
+                                 const int step = inside ? place_size : 1;
+                                 in_turn(values, count, inside ? position / kVector<Element> : 0,
+                                         [&](int e, float value) { to[e * step] = value; });
+                               });
   });
   __syncthreads();
 

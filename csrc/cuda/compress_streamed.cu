@@ -82,24 +82,24 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
         constexpr int kWidth = kVector<Element>;
         Plane chunk = args.x;
         chunk.view.data += begin * chunk.view.stride[0] * static_cast<int64_t>(sizeof(Element));
-        each_loaded<Element>(chunk, count, first, positions, thread, threads,
-                             [&](int i, int position, int j, const float (&values)[kWidth], int some) {
-                               float* const to = all + position * args.team_size + args.tile + i * args.tile_stride + j;
-                               if (chunk.positions_inside) {
-                                 in_turn(values, some, position / kWidth,
-                                         [&](int e, float value) { to[e * args.team_size] = value; });
-                               } else if (some == kWidth) {
+        each_loaded<Element, true>(chunk, count, first, positions, thread, threads,
+                                   [&](int i, int position, int j, const float (&values)[kWidth], int some) {
+                                     float* const to = all + position * args.team_size + args.tile + i * args.tile_stride + j;
+                                     if (chunk.positions_inside) {
+                                       in_turn(values, some, position / kWidth,
+                                               [&](int e, float value) { to[e * args.team_size] = value; });
+                                     } else if (some == kWidth) {
 #pragma unroll
-                                 for (int e = 0; e < kWidth; e += 4) {
-                                   store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
-                                 }
-                               } else {
+                                       for (int e = 0; e < kWidth; e += 4) {
+                                         store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
+                                       }
+                                     } else {
 #pragma unroll
-                                 for (int e = 0; e < kWidth; ++e) {
-                                   if (e < some) to[e] = values[e];
-                                 }
-                               }
-                             });
+                                       for (int e = 0; e < kWidth; ++e) {
+                                         if (e < some) to[e] = values[e];
+                                       }
+                                     }
+                                   });
       });
       __syncthreads();
       work(begin, count);

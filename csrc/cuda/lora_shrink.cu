@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kShrinkWarps<MT>* kWarp, 2) lora_shrink_kernel
 }
 
 // u [T, r] = the sum of the slices, 0 in rows without a task.
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 4)
     lora_sum_kernel(const float* sums, int64_t slices, const __grid_constant__ Ids ids, int64_t tasks, int ranks, float* u) {
   const int64_t size = ids.size * ranks, at = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (at >= size) return;

@@ -54,9 +54,9 @@ __device__ __forceinline__ void in_turn(const float (&values)[N], int count, int
 
 // put(i, position, j, values, count): `count` neighbours along the inner axis, each element of tensor rows i < rows, positions
 // first … first + positions − 1 once, shared out among `threads` threads. A thread keeps its place in a row where it can, and
-// takes rows in turn. Where ranks are innermost, neighbouring threads have every other position first: 16 ranks of two of them,
-// 8 banks apart from one position to the next, would else meet half of the banks.
-template <class T, class Put>
+// takes rows in turn. If Crossed, and ranks are innermost, neighbouring threads have every other position first: 16 ranks of
+// two of them, 8 banks apart from one position to the next, would else meet half of the banks.
+template <class T, bool Crossed = false, class Put>
 __device__ __forceinline__ void each_loaded(const Plane& plane, int rows, int64_t first, int positions, int thread, int threads,
                                             const Put& put) {
   constexpr int kWidth = kVector<T>;
@@ -70,7 +70,7 @@ __device__ __forceinline__ void each_loaded(const Plane& plane, int rows, int64_
   const int64_t outer_step = plane.positions_inside ? view.stride[2] : view.stride[1];
   const float per_chunk = 1.0f / static_cast<float>(chunks), per_place = 1.0f / static_cast<float>(places);
   const int at_once = places < threads ? quotient(threads, per_place) : 1;
-  const bool crossed = !plane.positions_inside && outer_size % 4 == 0;
+  const bool crossed = Crossed && !plane.positions_inside && outer_size % 4 == 0;
   for (int index = thread; index < places * at_once; index += threads) {
     const int row = quotient(index, per_place), place = index - row * places;
     const int line = quotient(place, per_chunk), inner = (place - line * chunks) * width;
