@@ -4,8 +4,8 @@
 
 Counts are exact for the sm_80 PTX; times are predictions, nothing is measured. As Markdown, for each size and memory layout:
 PTX instructions per matrix as threads and as whole warps execute them (idle lanes count there), the worst coalescing of
-any tensor (sectors that had to move by sectors that moved), shared-memory wavefronts by the fewest possible, bytes moved by
-the fewest possible, and the predicted time of 2.5 million matrices.
+any tensor (sectors that had to move by sectors that moved; "copies" are the workspaces together), shared-memory wavefronts by
+the fewest possible, bytes moved by the fewest possible, and the predicted time of 2.5 million matrices.
 
 The prediction: the longest of the bytes at the data sheet's bandwidth, the wavefronts at one a clock and multiprocessor, and
 the warps' instructions at 65% of one a clock and scheduler, which is what two warps a scheduler with two to three independent
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,8 @@ class Case:
         return self.dtype.itemsize * (self.n * self.r + (self.p + 1) * self.r + self.n * self.p) + 4 * k
 
 
-# A thread, 8 lanes, 2 and 4 lanes in registers, a warp, whole columns in its lanes; tasks in chunks by 8 lanes and by a warp.
+# A thread, 8 lanes, 2 and 4 lanes in registers, a warp, whole columns in its lanes; tasks in chunks by 8 lanes and by a warp;
+# the same from transposed copies, as fewer positions than fill a sector have room in a block; a block a position.
 CASES = tuple(
     Case(r, n, positions=positions, inside=inside, dtype=dtype)
     for r, n, positions, dtype in (
@@ -69,6 +71,10 @@ CASES = tuple(
         (64, 34, 8, torch.float32),
         (16, 130, 16, torch.float32),
         (32, 130, 8, torch.float32),
+        (16, 1024, 16, torch.float32),
+        (32, 128, 8, torch.float32),
+        (64, 34, 16, torch.bfloat16),
+        (72, 80, 8, torch.float32),
     )
     for inside in (False, True)
 )
@@ -76,7 +82,7 @@ CASES = tuple(
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one launch, per matrix; `coalescing` and `wavefronts` are ratios."""
+    """Of all launches, per matrix; `coalescing` and `wavefronts` are ratios."""
 
     case: Case
     threads: float
@@ -108,20 +114,23 @@ def count(case: Case) -> Counts:
         x = x.mT.contiguous().mT
     with simulator.settings(statistics=True, check=False) as launches:
         torch.ops.rmm_kernels.compress.cuda(x, case.p)
-    (run,) = launches
     tensors = ("x", "basis", "coeff", "energy")
-    rows = [row for row in run["regions"] if row["sectors"]]
-    coalescing = {tensors[int(row["region"].split()[-1])]: row["ideal_sectors"] / row["sectors"] for row in rows}
-    moved = SECTOR * sum(row["sectors"] for row in rows)
-    shared = run["shared"]
+    rows = [row for run in launches for row in run["regions"] if row["sectors"]]
+    sectors, ideal = Counter[str](), Counter[str]()
+    for row in rows:
+        index = int(row["region"].split()[-1])
+        name = tensors[index] if index < len(tensors) else "copies"
+        sectors[name] += row["sectors"]
+        ideal[name] += row["ideal_sectors"]
+    wavefronts = sum(run["shared"]["wavefronts"] for run in launches)
     return Counts(
         case,
-        run["thread_instructions"] / case.positions,
-        32 * run["warp_instructions"] / case.positions,
-        coalescing,
-        shared["wavefronts"] / max(1, shared["ideal_wavefronts"]),
-        shared["wavefronts"] / case.positions,
-        moved / case.positions,
+        sum(run["thread_instructions"] for run in launches) / case.positions,
+        32 * sum(run["warp_instructions"] for run in launches) / case.positions,
+        {name: ideal[name] / sectors[name] for name in sectors},
+        wavefronts / max(1, sum(run["shared"]["ideal_wavefronts"] for run in launches)),
+        wavefronts / case.positions,
+        SECTOR * sectors.total() / case.positions,
     )
 
 

@@ -106,6 +106,7 @@ class Simulated:
                 statistics=_settings.statistics,
                 extra_memory=memory,
                 allow_early_exit=True,
+                cluster=(1, shape[6], 1),
             )
             if _settings.statistics:
                 _settings.launches.append(stats)
@@ -225,10 +226,41 @@ class _Memory:
         self.extent = (low, low, size, origin)
 
 
+def ptx(sources: Path, file: str, arch: str) -> dict[str, Any]:
+    """The kernels of a file of `sources` as nvcc makes them for `arch`, by name."""
+    include = ["-isystem", str(Path(torch.__file__).parent / "include")]
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "kernels.ptx"
+        _nvcc(*FLAGS[:2], f"-arch={arch}", *FLAGS[3:], *include, "-ptx", str(sources / file), "-o", str(out))
+        module = ptxsim.Module(out.read_text())
+    return dict.fromkeys(module.kernels, module)
+
+
 @contextmanager
-def planted(file: str, source: str, old: str, new: str) -> Iterator[None]:
-    """Inside, `file`'s kernels run as they would with `old`, which stands once in `source` (it or a header), become `new`."""
+def _with_kernels(kernels: dict[str, Any]) -> Iterator[None]:
     simulated = load()
+    before = dict(simulated.kernels)
+    simulated.kernels |= kernels
+    try:
+        yield
+    finally:
+        simulated.kernels = before
+
+
+@contextmanager
+def sm_90(kernels: dict[str, Any]) -> Iterator[None]:
+    """Inside, ops find a device that has clusters, and `kernels`, from ptx(), run in place of those for sm_80."""
+    with _with_kernels(kernels):
+        load().device(90, 227 * 1024)
+        try:
+            yield
+        finally:
+            load().device(80, 163 * 1024)
+
+
+@contextmanager
+def planted(file: str, source: str, old: str, new: str, arch: str = "sm_80") -> Iterator[None]:
+    """Inside, `file`'s kernels run as they would with `old`, which stands once in `source` (it or a header), become `new`."""
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "csrc"
         shutil.copytree(SOURCES.parent, copy, ignore=shutil.ignore_patterns("cpu"))
@@ -237,13 +269,6 @@ def planted(file: str, source: str, old: str, new: str) -> Iterator[None]:
         if text.count(old) != 1:
             raise ValueError(f"{source} holds what is to be replaced {text.count(old)} times: {old!r}")
         path.write_text(text.replace(old, new))
-        out = Path(temporary) / "planted.ptx"
-        include = ["-isystem", str(Path(torch.__file__).parent / "include")]
-        _nvcc(*FLAGS[:2], "-arch=sm_80", *FLAGS[3:], *include, "-ptx", str(copy / "cuda" / file), "-o", str(out))
-        module = ptxsim.Module(out.read_text())
-    before = dict(simulated.kernels)
-    simulated.kernels |= dict.fromkeys(module.kernels, module)
-    try:
+        kernels = ptx(copy / "cuda", file, arch)
+    with _with_kernels(kernels):
         yield
-    finally:
-        simulated.kernels = before

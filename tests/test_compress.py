@@ -68,8 +68,8 @@ SIMULATED_SHAPES = [
     (32, 20, 25),
     (9, 40, 4),
 ]
-# A warp with whole columns in its lanes; with tasks in chunks, one and two columns a lane; K = 64.
-SIMULATED_LARGE_SHAPES = [(40, 34, 6), (18, 80, 3), (36, 150, 4), (64, 66, 3)]
+# A warp with whole columns in its lanes; with tasks in chunks, one and two columns a lane; K = 64; a block, tall and wide.
+SIMULATED_LARGE_SHAPES = [(40, 34, 6), (18, 80, 3), (36, 150, 4), (64, 66, 3), (70, 67, 3), (66, 70, 4)]
 
 # The bounds of the contract, relative to ‖Xc‖. fp64's eps is 1.9e-9 of fp32's; 1e-8 leaves room for the oracle's own rounding.
 TIGHTER = {torch.float32: 1.0, torch.float64: 1e-8}

@@ -25,6 +25,8 @@ REGISTERS = {
     r"(compress_team|truncated_svd)ILi(8ELi1|32ELi2)E": 128,
     "compress_streamedILi32ELi2E": 128,
     "compress_streamedILi8E": 168,
+    "(compress|truncated_svd)_large": 128,
+    "turn_kernel": 64,
     "gram": 128,
     "project": 128,
     "reconstruct": 64,
@@ -96,7 +98,18 @@ def test_nothing_spills_and_registers_are_as_meant(add_row: AddRow) -> None:
 
 
 @pytest.mark.parametrize(
-    "kernel", ["compress_thread", "compress_team", "compress_streamed", "project", "reconstruct", "gram", "truncated_svd"]
+    "kernel",
+    [
+        "compress_thread",
+        "compress_team",
+        "compress_streamed",
+        "compress_large",
+        "project",
+        "reconstruct",
+        "gram",
+        "truncated_svd",
+        "truncated_svd_large",
+    ],
 )
 def test_global_loads_of_16_bytes(kernel: str) -> None:
     assert any(re.search(r"LDG\.E(\.\w+)*\.128", body) for body in bodies(kernel))

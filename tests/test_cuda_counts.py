@@ -21,6 +21,9 @@ INSTRUCTIONS = {
     (64, 34): 3_900_000,
     (16, 130): 600_000,
     (32, 130): 3_100_000,
+    (16, 1024): 3_200_000,
+    (32, 128): 2_800_000,
+    (72, 80): 41_000_000,
 }
 
 
@@ -30,10 +33,11 @@ def test_counts(case: Case) -> None:
     print(found)
     assert found.threads <= INSTRUCTIONS[case.r, case.n]
     assert found.wavefronts <= 1.2
-    assert set(found.coalescing) == {"x", "basis", "coeff", "energy"}
+    assert set(found.coalescing) - {"copies"} == {"x", "basis", "coeff", "energy"}
     assert min(found.coalescing.values()) >= 0.9
-    passes = 3 if case.n > 4 * case.r else 1  # over x, where its tasks come in chunks
-    assert found.moved <= 1.05 * passes * case.floor
+    passes = 3 if case.n >= 4 * case.r or case.r > 64 else 1  # over x, where its tasks come in chunks
+    copied = 0 if "copies" not in found.coalescing else 2 if case.inside else 0.3  # written and read: all, or coefficients
+    assert found.moved <= 1.05 * (passes + copied) * case.floor
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["ranks", "positions"])

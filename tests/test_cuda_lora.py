@@ -124,6 +124,56 @@ def test_memory_traffic(dtype: torch.dtype, rank_inner: bool) -> None:
             assert run["mma"].keys() == {products}
 
 
+@pytest.fixture(scope="module")
+def sm_90() -> dict[str, object]:
+    return simulator.ptx(simulator.SOURCES, "lora_shrink.cu", "sm_90")
+
+
+# Few tokens, some, many of mixed tasks, many of one task; one slice, no power of two, more than a cluster holds.
+CLUSTERED = {
+    "few": Shape(5, 1048, 40, 16, 3, 2),
+    "wide": Shape(5, 712, 40, 40, 3, 1),
+    "mixed": Shape(70, 1432, 40, 16, 9, 1),
+    "one": Shape(40, 712, 40, 16, 1, 1),
+    "alone": Shape(5, 40, 40, 16, 3, 1),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("form", CLUSTERED)
+def test_clusters(sm_90: dict[str, object], form: str, dtype: torch.dtype) -> None:
+    """The slices that a cluster adds up through its blocks' shared memory give the bits that the workspace does."""
+    p = problem(CLUSTERED[form], dtype, seed=95)
+    expected, launches = forward(p, statistics=True)
+    slices = launches[0]["grid"][1]
+    with simulator.sm_90(sm_90):
+        for seed in (0, 1):
+            got, launches = forward(p, seed=seed, statistics=True)
+            assert_same_bits(got, expected)
+    peers = launches[0]["by_class"].get("load shared::cluster", {"thread": 0})["thread"]
+    assert (peers > 0) == (slices > 1) == (form != "alone")
+
+
+CLUSTER_BUGS = {
+    "read before all have written": (
+        "kWarp + lane] = of_warps(i);\n    meet();",
+        "kWarp + lane] = of_warps(i);",
+        "never written|data race",
+    ),
+    "left while others read": ("    meet();  // all have been read\n", "", "exits while|has exited"),
+    "one block too many": ("s < args.cluster; ++s", "s <= args.cluster; ++s", "no block 2"),
+}
+
+
+@pytest.mark.parametrize("name", CLUSTER_BUGS)
+def test_planted_bug_in_a_cluster_is_caught(name: str) -> None:
+    old, new, message = CLUSTER_BUGS[name]
+    p = problem(Shape(5, 168, 40, 16, 3, 1), torch.float32, seed=96)
+    planted = simulator.planted("lora_shrink.cu", "lora_shrink.cu", old, new, "sm_90")
+    with planted, simulator.sm_90({}), pytest.raises(RuntimeError, match=message):
+        forward(p)
+
+
 # What is taken out of a kernel, or changed in it, and the form that must show it.
 BUGS = {
     "shrink_wait": ("lora_shrink", "wait_copies<kShrinkStages - 2>();", "", "few"),

@@ -10,7 +10,7 @@ from ops import assert_same_bits, randn
 pytestmark = pytest.mark.skipif(not simulator.ops(), reason="nvcc is not on PATH")
 
 # (n, S, r, p) of each mapping of compress: a thread, 2 and 4 lanes, 8 lanes (tall, wide), a warp with 2 or 1 lanes a column;
-# tasks in chunks by 8 lanes, by a warp with one column a lane or two.
+# tasks in chunks by 8 lanes, by a warp with one column a lane or two; a block, tall and wide.
 COMPRESS = [
     (8, 70, 16, 4),
     (8, 70, 32, 4),
@@ -24,8 +24,11 @@ COMPRESS = [
     (70, 18, 15, 4),
     (73, 9, 18, 3),
     (137, 5, 34, 3),
+    (67, 2, 70, 3),
+    (70, 2, 66, 4),
 ]
-SVD = [(19, 16, 8, 4), (5, 8, 20, 8), (3, 24, 20, 20), (2, 36, 40, 6)]
+SVD = [(19, 16, 8, 4), (5, 8, 20, 8), (3, 24, 20, 20), (2, 36, 40, 6), (2, 70, 66, 3), (2, 66, 70, 3)]
+LARGE = ["compress-67x70", "compress-70x66-positions-inside", "truncated_svd-70x66", "truncated_svd-66x70"]
 
 
 def cases() -> dict[str, tuple[str, tuple[object, ...]]]:
@@ -63,6 +66,39 @@ def test_schedules(name: str) -> None:
         assert_same_bits(run(seed), expected)
 
 
+@pytest.mark.parametrize("name", LARGE)
+def test_workspace(name: str) -> None:
+    """A block whose shared memory does not hold the matrix keeps it in global memory: the same bits."""
+    op, given = CASES[name]
+    simulated = simulator.load()
+    kernel = getattr(torch.ops.rmm_kernels, op).cuda
+    with simulator.settings(statistics=True) as inside:
+        expected = kernel(*given)
+    try:
+        simulated.device(80, 16 * 1024)
+        with simulator.settings(statistics=True) as outside:
+            assert_same_bits(kernel(*given), expected)
+    finally:
+        simulated.device(80, 163 * 1024)
+    assert {run["kernel"] for run in inside} != {run["kernel"] for run in outside}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name.startswith(("compress", "truncated_svd")) and "inside" not in name]
+)
+def test_info(name: str) -> None:
+    """In every mapping: NaN in a matrix's energy (σ) says that it is not finite, and nothing else does, however large."""
+    op, (x, count) = CASES[name]
+    x = x.movedim(1, 0) if op == "compress" else x  # matrices first
+    x = x.repeat(2, 1, 1)[: max(3, len(x))]
+    x[0, -1, 0], x[-1, 0, -1] = torch.nan, -torch.inf
+    x[1] *= 3e38 / x[1].abs().max()
+    simulator.load()
+    found = getattr(torch.ops.rmm_kernels, op).cuda(x.movedim(0, 1) if op == "compress" else x, count)
+    flag = found[2 if op == "compress" else 1].isnan()
+    assert flag[[0, -1]].all() and not flag[1:-1].any()
+
+
 BUGS = {
     "missing barrier between threads of a block": (
         "gram.cu",
@@ -86,6 +122,30 @@ BUGS = {
         "    order[rank] = c;\n  }\n  team.sync();",
         "    order[rank] = c;\n  }",
         "truncated_svd-24x20",
+        "data race|never written",
+    ),
+    "next reflection made while the last one is applied": (
+        "compress_large.cu",
+        "large.cuh",
+        "    __syncthreads();\n    if (c <= j",
+        "    if (c <= j",
+        "compress-70x66",
+        "data race|never written",
+    ),
+    "missing barrier between rounds of rotations": (
+        "compress_large.cu",
+        "large.cuh",
+        "turn.shorter;\n      }\n      team.sync();",
+        "turn.shorter;\n      }",
+        "compress-67x70",
+        "data race|never written",
+    ),
+    "tile read before all of it is there": (
+        "turn.cu",
+        "turn.cu",
+        "    __syncthreads();\n    with_dtype(args.to.dtype",
+        "    with_dtype(args.to.dtype",
+        "compress-70x66-positions-inside",
         "data race|never written",
     ),
     "column sent to the wrong group": (

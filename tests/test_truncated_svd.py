@@ -138,6 +138,15 @@ def test_hard_inputs_fp32(run: ops.Overload, case: str) -> None:
     check_hard_inputs(run, torch.float32, case)
 
 
+@ops.each("truncated_svd")
+@pytest.mark.parametrize("case", ["randn", "zero_columns", "offset_1e5", "geometric_1e6", "clusters", "rank_p-1"])
+def test_hard_inputs_of_large_matrices(run: ops.Overload, case: str) -> None:
+    """A block each on CUDA, tall and wide."""
+    for batch, m, k, rank in [(2, 70, 66, 5), (2, 66, 81, 5)]:
+        x = hard_inputs.generate(case, batch, m, k, rank).float()
+        check(x, rank, run(x.to(run.device), rank))
+
+
 @ops.each("truncated_svd", dtypes=(torch.float64,))
 @pytest.mark.parametrize("case", hard_inputs.names(torch.float64))
 def test_hard_inputs_fp64(run: ops.Overload, dtype: torch.dtype, case: str) -> None:

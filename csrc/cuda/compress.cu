@@ -1,16 +1,19 @@
 // compress: mean, Helmert reduction, QR, one-sided Jacobi, basis and coefficients. Where n − 1 ≤ min(r, 7) and r ≤ 64, a
 // position per thread or few lanes, all in registers (compress_thread.cuh); else per team of 8 or 32 lanes, in shared memory;
-// where n ≫ r, the tasks come by in chunks (compress_streamed.cu).
+// where n ≫ r, the tasks come by in chunks (compress_streamed.cu); what is too large for that takes a block a position
+// (compress_large.cu). Blocks of so few positions that these don't fill a sector of 32 bytes work on transposed copies.
 
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 
+#include "compress_large.cuh"
 #include "compress_streamed.cuh"
 #include "compress_thread.cuh"
 #include "directions.cuh"
 #include "launch.h"
 #include "reference.h"
+#include "turn.cuh"
 
 namespace rmm {
 
@@ -22,7 +25,7 @@ struct Compress {
   float spread;                                         // 1 / (√n − 1)
   int mean, energies, coefficients, scales, team_size;  // where a team keeps them, and what it has, in floats
   int place_size;                                       // of a position, for x [n][r] and then the results, in floats
-  int positions;                                        // of a block
+  int teams, positions;                                 // of a block
 
   // In a position's place: basis [p+1][r], then these.
   __host__ __device__ int coefficients_at() const { return (at.p + 1) * at.r; }  // [p][n]
@@ -176,22 +179,22 @@ __global__ void compress_team(const __grid_constant__ Compress args) {
 
   with_dtype(args.x.view.dtype, [&](auto dtype) {
     using Element = decltype(dtype);
-    each_loaded<Element>(args.x, n, first, positions, thread, threads,
-                         [&](int i, int position, int j, const float (&values)[kVector<Element>], int count) {
-                           if (!args.x.positions_inside && count == kVector<Element> && r % 4 == 0) {
-                             float* const to = places + position * place_size + i * r + j;
+    each_loaded<Element, true>(args.x, n, first, positions, thread, threads,
+                               [&](int i, int position, int j, const float (&values)[kVector<Element>], int count) {
+                                 if (!args.x.positions_inside && count == kVector<Element> && r % 4 == 0) {
+                                   float* const to = places + position * place_size + i * r + j;
 #pragma unroll
-                             for (int e = 0; e < kVector<Element>; e += 4) {
-                               store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
-                             }
-                             return;
-                           }
-                           const bool inside = args.x.positions_inside;
-                           float* const to = places + position * place_size + i * r + j;
-                           const int step = inside ? place_size : 1;
-                           in_turn(values, count, inside ? position / kVector<Element> : 0,
-                                   [&](int e, float value) { to[e * step] = value; });
-                         });
+                                   for (int e = 0; e < kVector<Element>; e += 4) {
+                                     store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
+                                   }
+                                   return;
+                                 }
+                                 const bool inside = args.x.positions_inside;
+                                 float* const to = places + position * place_size + i * r + j;
+                                 const int step = inside ? place_size : 1;
+                                 in_turn(values, count, inside ? position / kVector<Element> : 0,
+                                         [&](int e, float value) { to[e * step] = value; });
+                               });
   });
   __syncthreads();
 
@@ -206,12 +209,9 @@ __global__ void compress_team(const __grid_constant__ Compress args) {
     using Element = decltype(dtype);
     each_stored<Element>(args.basis, p + 1, first, positions, thread, threads,
                          [&](int c, int position, int j) { return places[position * place_size + c * r + j]; });
-    Element* const coeff = reinterpret_cast<Element*>(args.coeff.data);
-    for (int index = thread; index < n * p * positions; index += threads) {
-      const int position = index % positions, row = index / positions, i = row / p, c = row % p;
-      coeff[i * args.coeff.stride[0] + c * args.coeff.stride[1] + first + position] =
-          Storage<Element>::narrow(places[position * place_size + args.coefficients_at() + c * n + i]);
-    }
+    store_coefficients<Element>(args.coeff, 0, n, p, first, positions, thread, threads, [&](int i, int c, int position) {
+      return places[position * place_size + args.coefficients_at() + c * n + i];
+    });
     float* const energy = reinterpret_cast<float*>(args.energy.data) + first * k;
     for (int index = thread; index < positions * k; index += threads) {
       energy[index] = places[index / k * place_size + args.energies_at() + index % k];
@@ -219,17 +219,61 @@ __global__ void compress_team(const __grid_constant__ Compress args) {
   });
 }
 
-// Of `most` teams and positions as many as have room, teams first.
-template <int Lanes, int Group>
-void launch_team(const Queue& queue, Compress args, int most, int64_t most_floats) {
-  const auto size = [&](int64_t teams, int64_t positions) { return teams * args.team_size + positions * args.place_size; };
-  int teams = most;
-  while (teams > 1 && size(teams, teams) > most_floats) teams /= 2;
-  args.positions = teams;
-  while (args.positions < most && size(teams, 2 * args.positions) <= most_floats) args.positions *= 2;
-  queue.launch({blocks(args.x.view.size[1], args.positions), static_cast<unsigned>(teams * Lanes),
-                static_cast<size_t>(size(teams, args.positions)) * sizeof(float)},
-               compress_team<Lanes, Group>, args);
+// Of `most` teams and positions a block as many as have room, teams first.
+void share(Compress& args, int most, int64_t most_floats) {
+  const auto fits = [&](int64_t teams, int64_t positions) {
+    return teams * args.team_size + positions * args.place_size <= most_floats;
+  };
+  args.teams = most;
+  while (args.teams > 1 && !fits(args.teams, args.teams)) args.teams /= 2;
+  args.positions = args.teams;
+  while (args.positions < most && fits(args.teams, 2 * args.positions)) args.positions *= 2;
+}
+
+void launch_team(const Queue& queue, const Compress& args) {
+  const auto launch = [&](auto kernel, int lanes) {
+    const int64_t floats = static_cast<int64_t>(args.teams) * args.team_size + args.positions * args.place_size;
+    queue.launch({blocks(args.x.view.size[1], args.positions), static_cast<unsigned>(args.teams * lanes),
+                  static_cast<size_t>(floats) * sizeof(float)},
+                 kernel, args);
+  };
+  if (args.at.k <= 16) {
+    launch(compress_team<8, team_group(16)>, 8);
+  } else if (args.at.k <= 32) {
+    launch(compress_team<32, team_group(32)>, 32);
+  } else {
+    launch(compress_team<32, team_group(64)>, 32);
+  }
+}
+
+// run(x, basis, coeff, energy, workspace) on some positions at a time of `x`, as it is in memory for them: with ranks
+// innermost, and coefficients as store_coefficients keeps them in a workspace. `floats` is what run wants of its own for each
+// position.
+template <class Run>
+void run_turned(Queue& queue, const Tensor& like, const View& x, const View& basis, const View& coeff, const View& energy,
+                int64_t floats, const Run& run) {
+  const int64_t n = x.size[0], positions = x.size[1], r = x.size[2], p = coeff.size[1];
+  const bool inside = plane_of(x).positions_inside;
+  const int64_t copies = inside ? (n + p + 1) * r * element_size(x.dtype) : 0;
+  const int64_t some = at_a_time(positions, copies + (n * p + floats) * static_cast<int64_t>(sizeof(float)));
+  const Tensor x_copy = torch::stable::new_empty(like, {inside ? n : 0, some, r});
+  const Tensor basis_copy = torch::stable::new_empty(like, {inside ? p + 1 : 0, some, r});
+  const Tensor coeff_copy = torch::stable::new_empty(like, {some, p, n}, ScalarType::Float);
+  const Tensor workspace = torch::stable::new_empty(like, {some, floats}, ScalarType::Float);
+  for (const Tensor& tensor : {x_copy, basis_copy, coeff_copy, workspace}) queue.touches(tensor);
+  for (int64_t first = 0; first < positions; first += some) {
+    const int64_t count = std::min(some, positions - first);
+    View of_x = narrowed(x, 1, first, count), of_basis = narrowed(basis, 1, first, count);
+    const View to_basis = of_basis, to_coeff = narrowed(coeff, 2, first, count);
+    const View of_coeff = permuted(narrowed(view(coeff_copy, 3, "coefficients"), 0, 0, count), 2, 1, 0);
+    if (inside) {
+      of_x = narrowed(view(x_copy, 3, "x"), 1, 0, count), of_basis = narrowed(view(basis_copy, 3, "basis"), 1, 0, count);
+      turn(queue, permuted(narrowed(x, 1, first, count), 0, 2, 1), permuted(of_x, 0, 2, 1));
+    }
+    run(of_x, of_basis, of_coeff, narrowed(energy, 0, first, count), static_cast<float*>(workspace.data_ptr()));
+    if (inside) turn(queue, of_basis, to_basis);
+    turn(queue, permuted(of_coeff, 1, 2, 0), permuted(to_coeff, 1, 2, 0));
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
@@ -241,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
     const auto results = call_reference<3>("compress", x, components);
     return std::make_tuple(tensor_of(results[0]), tensor_of(results[1]), tensor_of(results[2]));
   };
-  if (in.dtype == Dtype::f64 || k > 64) return reference();
+  if (in.dtype == Dtype::f64 || k > kLargest) return reference();
 
   // A team's memory: what finding directions takes, then the rest; the coefficients go where y was.
   Compress args{};
@@ -260,30 +304,52 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
   Tensor basis = like_layout(x, components + 1);
   Tensor coeff = torch::stable::new_empty(x, {n, components, positions});
   Tensor energy = torch::stable::new_empty(x, {positions, k}, ScalarType::Float);
-  const Queue queue{x, basis, coeff, energy};
+  Queue queue{x, basis, coeff, energy};
+  const View out = view(basis, 3, "basis"), coefficients = view(coeff, 3, "coeff"), energies = view(energy, 2, "energy");
   const int64_t most_floats = queue.device().shared_bytes / static_cast<int64_t>(sizeof(float));
-  const bool per_thread = k >= 1 && k <= kThreadColumns && n - 1 <= r && r <= kThreadRanks;
-  const bool fits = place + team <= most_floats;
-  const bool streamed = r >= 1 && r <= kStreamedRanks && n > r && (n > kStreamedTasks * r || !fits);
-  if (!per_thread && !streamed && !fits) return reference();
-  args.team_size = static_cast<int>(team), args.place_size = static_cast<int>(place);
-  args.x = plane_of(in);
-  args.basis = plane_of(view(basis, 3, "basis"));
-  args.coeff = view(coeff, 3, "coeff");
-  args.energy = view(energy, 2, "energy");
-  if (per_thread) {
+  if (k >= 1 && k <= kThreadColumns && n - 1 <= r && r <= kThreadRanks) {
     const float share = static_cast<float>(1.0 / std::sqrt(static_cast<double>(n)));
-    launch_thread(queue, CompressThread{args.x, args.basis, args.coeff, args.energy, args.n, args.spread, share});
-  } else if (streamed) {
-    launch_streamed(queue, {args.x, args.basis, args.coeff, args.energy, {}, args.n}, components, most_floats);
-  } else if (k <= 16) {
-    launch_team<8, team_group(16)>(queue, args, 16, most_floats);
-  } else if (k <= 32) {
-    launch_team<32, team_group(32)>(queue, args, 8, most_floats);
-  } else {
-    launch_team<32, team_group(64)>(queue, args, 8, most_floats);
+    launch_thread(queue, CompressThread{plane_of(in), plane_of(out), coefficients, energies, args.n, args.spread, share});
+    return {basis, coeff, energy};
   }
-  return {basis, coeff, energy};
+
+  const auto launch_all = [&](int64_t in_block, int64_t floats, const auto& run) {
+    if (in_block * element_size(in.dtype) >= 32) {
+      run(in, out, coefficients, energies, nullptr);
+    } else {
+      run_turned(queue, x, in, out, coefficients, energies, floats, run);
+    }
+    return std::make_tuple(basis, coeff, energy);
+  };
+  const bool fits = k <= 64 && place + team <= most_floats;
+  if (fits) {
+    args.team_size = static_cast<int>(team), args.place_size = static_cast<int>(place);
+    share(args, k <= 16 ? 16 : 8, most_floats);
+  }
+  if (r >= 1 && r <= kStreamedRanks && n > r && (n > kStreamedTasks * r || !fits || args.positions < 8)) {
+    CompressStreamed streamed{};
+    streamed.n = args.n;
+    place_streamed(streamed, r, components, most_floats);
+    return launch_all(streamed.teams, 0, [&](const View& x, const View& basis, const View& coeff, const View& energy, float*) {
+      streamed.x = plane_of(x), streamed.basis = plane_of(basis), streamed.coeff = coeff, streamed.energy = energy;
+      launch_streamed(queue, streamed);
+    });
+  }
+  if (fits) {
+    return launch_all(args.positions, 0, [&](const View& x, const View& basis, const View& coeff, const View& energy, float*) {
+      args.x = plane_of(x), args.basis = plane_of(basis), args.coeff = coeff, args.energy = energy;
+      launch_team(queue, args);
+    });
+  }
+  CompressLarge large{};
+  large.n = args.n, large.spread = args.spread;
+  if (!fits_large(large, n, r, components, most_floats)) return reference();
+  const int64_t floats = is_resident(large, most_floats) ? 0 : large.at.memory_end;
+  return launch_all(0, floats, [&](const View& x, const View& basis, const View& coeff, const View& energy, float* workspace) {
+    large.x = plane_of(x), large.basis = plane_of(basis), large.coeff = coeff, large.energy = energy;
+    large.workspace = workspace;
+    launch_large(queue, large, most_floats);
+  });
 }
 
 RMM_CUDA_OP("compress", compress_op)

@@ -8,18 +8,6 @@ namespace rmm {
 
 constexpr int kChunk = 32;
 
-// What makes a position's values finite and of normal size, the same in all its lanes. `live` is false where all tasks are
-// equal, or one is not finite: there all values count as 0.
-struct Streamed {
-  Scale scale;
-  bool live, finite;
-
-  // x − (high + low), scaled.
-  __device__ __forceinline__ float centred(float x, float high, float low) const {
-    return live ? (x * scale.up1 * scale.up2 - high) - low : 0.0f;
-  }
-};
-
 // R and the rows of a chunk, a column per slot of a lane in `a`, to the R of both. Column c of R is the lane's own: above the
 // diagonal at y + c · stride; the diagonal in registers, never negative, so that what a late chunk adds to a large R is a small
 // correction (Parlett's reflection), rounded but once.
@@ -94,24 +82,24 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
         constexpr int kWidth = kVector<Element>;
         Plane chunk = args.x;
         chunk.view.data += begin * chunk.view.stride[0] * static_cast<int64_t>(sizeof(Element));
-        each_loaded<Element>(chunk, count, first, positions, thread, threads,
-                             [&](int i, int position, int j, const float (&values)[kWidth], int some) {
-                               float* const to = all + position * args.team_size + args.tile + i * args.tile_stride + j;
-                               if (chunk.positions_inside) {
-                                 in_turn(values, some, position / kWidth,
-                                         [&](int e, float value) { to[e * args.team_size] = value; });
-                               } else if (some == kWidth) {
+        each_loaded<Element, true>(chunk, count, first, positions, thread, threads,
+                                   [&](int i, int position, int j, const float (&values)[kWidth], int some) {
+                                     float* const to = all + position * args.team_size + args.tile + i * args.tile_stride + j;
+                                     if (chunk.positions_inside) {
+                                       in_turn(values, some, position / kWidth,
+                                               [&](int e, float value) { to[e * args.team_size] = value; });
+                                     } else if (some == kWidth) {
 #pragma unroll
-                                 for (int e = 0; e < kWidth; e += 4) {
-                                   store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
-                                 }
-                               } else {
+                                       for (int e = 0; e < kWidth; e += 4) {
+                                         store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
+                                       }
+                                     } else {
 #pragma unroll
-                                 for (int e = 0; e < kWidth; ++e) {
-                                   if (e < some) to[e] = values[e];
-                                 }
-                               }
-                             });
+                                       for (int e = 0; e < kWidth; ++e) {
+                                         if (e < some) to[e] = values[e];
+                                       }
+                                     }
+                                   });
       });
       __syncthreads();
       work(begin, count);
@@ -234,12 +222,9 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
     __syncthreads();
     with_dtype(args.x.view.dtype, [&](auto dtype) {
       using Element = decltype(dtype);
-      Element* const coeff = reinterpret_cast<Element*>(args.coeff.data) + begin * args.coeff.stride[0] + first;
-      for (int index = thread; index < count * p * positions; index += threads) {
-        const int of = index % positions, row = index / positions, i = row / p, c = row % p;
-        coeff[i * args.coeff.stride[0] + c * args.coeff.stride[1] + of] =
-            Storage<Element>::narrow(all[of * args.team_size + args.coefficients + c * (kChunk + 1) + i]);
-      }
+      store_coefficients<Element>(args.coeff, begin, count, p, first, positions, thread, threads, [&](int i, int c, int of) {
+        return all[of * args.team_size + args.coefficients + c * (kChunk + 1) + i];
+      });
     });
   });
 
@@ -268,8 +253,7 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
   });
 }
 
-void launch_streamed(const Queue& queue, CompressStreamed args, int64_t p, int64_t most_floats) {
-  const int64_t r = args.x.view.size[2];
+void place_streamed(CompressStreamed& args, int64_t r, int64_t p, int64_t most_floats) {
   args.tile_stride = static_cast<int>((r + 3) / 8 * 8 + 4);  // 16 bytes of 8 tasks side by side meet all banks
   args.at = triangle_at(r, p, kChunk * args.tile_stride + 3);
   args.tile = (args.at.core + 3) / 4 * 4;
@@ -283,19 +267,23 @@ void launch_streamed(const Queue& queue, CompressStreamed args, int64_t p, int64
   args.coefficients = of_chunk <= args.at.core - args.at.y ? args.at.y : take(of_chunk);  // R has had its time
   args.mean = take(r), args.taken = take(2 * r), args.energies = take(2 * r);
   args.team_size = (next + 31) / 32 * 32 + 8;
-  const auto launch = [&](auto kernel, int lanes, int most) {
-    int teams = most;
-    while (teams > 1 && static_cast<int64_t>(teams) * args.team_size > most_floats) teams /= 2;
-    queue.launch({blocks(args.x.view.size[1], teams), static_cast<unsigned>(teams * lanes),
-                  static_cast<size_t>(teams) * args.team_size * sizeof(float)},
+  args.teams = r <= 16 ? 16 : 8;
+  while (args.teams > 1 && static_cast<int64_t>(args.teams) * args.team_size > most_floats) args.teams /= 2;
+}
+
+void launch_streamed(const Queue& queue, const CompressStreamed& args) {
+  const int64_t r = args.x.view.size[2];
+  const auto launch = [&](auto kernel, int lanes) {
+    queue.launch({blocks(args.x.view.size[1], args.teams), static_cast<unsigned>(args.teams * lanes),
+                  static_cast<size_t>(args.teams) * args.team_size * sizeof(float)},
                  kernel, args);
   };
   if (r <= 16) {
-    launch(compress_streamed<8, team_group(16), 2>, 8, 16);
+    launch(compress_streamed<8, team_group(16), 2>, 8);
   } else if (r <= 32) {
-    launch(compress_streamed<32, team_group(32), 1>, 32, 8);
+    launch(compress_streamed<32, team_group(32), 1>, 32);
   } else {
-    launch(compress_streamed<32, team_group(64), 2>, 32, 8);
+    launch(compress_streamed<32, team_group(64), 2>, 32);
   }
 }
 

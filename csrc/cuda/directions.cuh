@@ -55,6 +55,54 @@ inline Directions triangle_at(int64_t r, int64_t p, int64_t core_room) {
   return d;
 }
 
+// What makes a position's values finite and of normal size, the same in all its lanes. `live` is false where all tasks are
+// equal, or one is not finite: there all values count as 0.
+struct Streamed {
+  Scale scale;
+  bool live, finite;
+
+  // x − (high + low), scaled.
+  __device__ __forceinline__ float centred(float x, float high, float low) const {
+    return live ? (x * scale.up1 * scale.up2 - high) - low : 0.0f;
+  }
+};
+
+// kept[c], c in falling order: whether a column's norm is not negligible.
+template <class T>
+__device__ void keep(const T& team, int k, const float* norms, const int* order, float* kept) {
+  for (int c = team.lane; c < k; c += T::kGroup * T::kGroups) {
+    const float norm = norms[order[c]], first = norms[order[0]];
+    kept[c] = norm > kDeficient * kDeficient * first && norm > kTiny ? 1.0f : 0.0f;
+  }
+  team.sync();
+}
+
+// The first p of k orthogonal columns of `rows` entries, in falling order, as orthonormal columns u of r entries: 0 beyond
+// `rows`, completed where one is negligible or there are fewer; unit vectors beyond `rows`. room: for `rows` values.
+template <class T>
+__device__ void choose(const T& team, const float* core, int core_stride, int rows, int k, const float* norms, const int* order,
+                       const float* kept, int p, int r, float* u, int u_stride, float* room) {
+  constexpr int kLanes = T::kGroup * T::kGroups;
+  const int live = p < rows ? p : rows;
+  for (int c = 0; c < live; ++c) {
+    float* const vector = u + c * u_stride;
+    if (c < k && kept[c] > 0) {
+      const float* const column = core + order[c] * core_stride;
+      const float inverse = exact_rsqrt(norms[order[c]]);
+      for (int i = team.lane; i < rows; i += kLanes) vector[i] = column[i] * inverse;
+      team.sync();
+      subtract(team, u, u_stride, rows, c, vector, room);
+    } else {
+      complete(team, u, u_stride, rows, c, room);
+    }
+  }
+  for (int index = team.lane; index < p * r; index += kLanes) {
+    const int c = index / r, i = index % r;
+    if (c >= live || i >= rows) u[c * u_stride + i] = c >= live && i == c ? 1.0f : 0.0f;
+  }
+  team.sync();
+}
+
 // R, above the diagonal in y and on it in `diagonal` (as householder leaves it), → u, or Qu where Y is tall; energy[c], c < k,
 // falling with c, becomes ‖Yᵀu_c‖².
 template <class T>
@@ -72,11 +120,7 @@ __device__ void directions_of_triangle(const T& team, const Directions& d, float
   team.sync();
   orthogonalise(team, core, d.k, d.core_stride, norms);
   sort(team, d.k, norms, order);
-  for (int c = team.lane; c < d.k; c += kLanes) {
-    const float norm = norms[order[c]], first = norms[order[0]];
-    kept[c] = norm > kDeficient * kDeficient * first && norm > kTiny ? 1.0f : 0.0f;
-  }
-  team.sync();
+  keep(team, d.k, norms, order, kept);
   // The columns' own norms carry what all rotations rounded; so Yᵀu with u along a column, from R. A negligible column has
   // no direction of its own; its norm will do.
   for (int c = team.group; c < d.k; c += T::kGroups) {
@@ -97,24 +141,7 @@ __device__ void directions_of_triangle(const T& team, const Directions& d, float
     const float norm = norms[order[c]];
     if (team.in_group == 0) energy[c] = kept[c] > 0 ? square / norm : norm;
   }
-  const int live = d.p < d.k ? d.p : d.k;
-  for (int c = 0; c < live; ++c) {
-    float* const vector = u + c * d.u_stride;
-    const float* const column = core + order[c] * d.core_stride;
-    if (kept[c] > 0) {
-      const float inverse = exact_rsqrt(norms[order[c]]);
-      for (int i = team.lane; i < d.k; i += kLanes) vector[i] = column[i] * inverse;
-      team.sync();
-      subtract(team, u, d.u_stride, d.k, c, vector, memory + d.room);
-    } else {
-      complete(team, u, d.u_stride, d.k, c, memory + d.room);
-    }
-  }
-  for (int index = team.lane; index < d.p * d.r; index += kLanes) {
-    const int c = index / d.r, i = index % d.r;
-    if (c >= live || i >= d.k) u[c * d.u_stride + i] = c >= live && i == c ? 1.0f : 0.0f;
-  }
-  team.sync();
+  choose(team, core, d.core_stride, d.k, d.k, norms, order, kept, d.p, d.r, u, d.u_stride, memory + d.room);
   const Team<kLanes, finishing_group(kLanes)> finishing(team.thread);
   for (int c = finishing.group; c < d.p; c += finishing.kGroups) {
     finish_column(finishing, y, d.r, d.tall ? d.k : 0, d.y_stride, tau, u + c * d.u_stride, stored);

@@ -22,7 +22,7 @@ struct Grid {
   dim3 blocks;
   dim3 threads;
   size_t shared_bytes = 0;  // dynamic shared memory
-  unsigned cluster = 1;     // blocks along x that share their shared memory; more than 1 needs sm_90
+  unsigned cluster = 1;     // blocks along y that read each other's shared memory; more than 1 needs sm_90
   bool dependent = false;   // may start before the kernel before it has ended, and waits for it itself; needs sm_90
 };
 
@@ -47,7 +47,7 @@ struct Region {
   size_t bytes;
   const void* origin;  // where its allocation starts
 };
-using Callback = int (*)(const void* kernel, const unsigned* blocks_and_threads, size_t shared_bytes,
+using Callback = int (*)(const void* kernel, const unsigned* blocks_threads_cluster, size_t shared_bytes,
                          const void* const* arguments, const size_t* argument_bytes, int arguments_count, const Region* regions,
                          int region_count, char* error, size_t error_bytes);
 extern Callback callback;
@@ -124,8 +124,8 @@ class Queue {
     const void* values[] = {&parameters...};
 #ifdef RMM_SIMULATED
     const size_t sizes[] = {sizeof parameters...};
-    const unsigned shape[] = {grid.blocks.x, grid.blocks.y, grid.blocks.z, grid.threads.x, grid.threads.y, grid.threads.z};
-    STD_TORCH_CHECK(grid.cluster == 1, "the simulator has no clusters");
+    const unsigned shape[] = {grid.blocks.x,  grid.blocks.y,  grid.blocks.z, grid.threads.x,
+                              grid.threads.y, grid.threads.z, grid.cluster};
     char error[2048] = "no simulator";
     const bool done = detail::callback != nullptr &&
                       detail::callback(kernel, shape, grid.shared_bytes, values, sizes, sizeof...(parameters), regions_.data(),
@@ -147,8 +147,8 @@ class Queue {
     config.attrs = attributes;
     if (grid.cluster > 1) {
       attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-      attributes[config.numAttrs].val.clusterDim.x = grid.cluster;
-      attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
+      attributes[config.numAttrs].val.clusterDim.x = attributes[config.numAttrs].val.clusterDim.z = 1;
+      attributes[config.numAttrs].val.clusterDim.y = grid.cluster;
       ++config.numAttrs;
     }
     if (grid.dependent) {

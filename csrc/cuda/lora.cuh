@@ -33,7 +33,9 @@ inline Source source(const View& from, int first, int second, int last) {
   return result;
 }
 
-// u [T, r] on its way from shrink to expand: the sum of `slices` of them, added in order.
+// u [T, r] on its way from shrink to expand: the sum of `count` slices, added in order: first kTogether neighbours at a time,
+// which is what a cluster does before it writes them as one, then their sums.
+constexpr int kTogether = 8;
 struct Slices {
   const float* data;
   int64_t count, stride;  // slices
@@ -147,8 +149,14 @@ __device__ __forceinline__ Tile inspect(const Ids& ids, int64_t tasks, int64_t f
 // The sum of u's slices at one place.
 __device__ __forceinline__ float sum_slices(const float* from, int64_t stride, int64_t slices) {
   float total = 0;
-#pragma unroll 8
-  for (int64_t s = 0; s < slices; ++s) total += from[s * stride];
+  for (int64_t first = 0; first < slices; first += kTogether) {
+    float some = 0;
+#pragma unroll
+    for (int s = 0; s < kTogether; ++s) {
+      if (first + s < slices) some += from[(first + s) * stride];
+    }
+    total += some;
+  }
   return total;
 }
 

@@ -70,29 +70,37 @@ __device__ __forceinline__ void load_u(const ExpandArgs& args, int64_t token, in
   const float* const from = args.u.data + token * args.u.token + rank * args.u.rank;
 #pragma unroll
   for (int e = 0; e < kTerms; ++e) u[e] = 0;
-  if (args.u.packs && rank + kTerms <= args.ranks) {
-#pragma unroll 8
-    for (int64_t s = 0; s < args.u.count; ++s) {
-      if constexpr (kTerms == 4) {
-        const float4 v = *reinterpret_cast<const float4*>(from + s * args.u.stride);
-        u[0] += v.x;
-        u[1] += v.y;
-        u[2] += v.z;
-        u[3] += v.w;
-      } else {
-        const float2 v = *reinterpret_cast<const float2*>(from + s * args.u.stride);
-        u[0] += v.x;
-        u[1] += v.y;
-      }
-    }
-  } else {
+  const bool pack = args.u.packs && rank + kTerms <= args.ranks;
 #pragma unroll 1
-    for (int64_t s = 0; s < args.u.count; ++s) {
+  for (int64_t first = 0; first < args.u.count; first += kTogether) {
+    const int64_t last = first + kTogether < args.u.count ? first + kTogether : args.u.count;
+    float some[kTerms] = {};
+    if (pack) {
+#pragma unroll 8
+      for (int64_t s = first; s < last; ++s) {
+        if constexpr (kTerms == 4) {
+          const float4 v = *reinterpret_cast<const float4*>(from + s * args.u.stride);
+          some[0] += v.x;
+          some[1] += v.y;
+          some[2] += v.z;
+          some[3] += v.w;
+        } else {
+          const float2 v = *reinterpret_cast<const float2*>(from + s * args.u.stride);
+          some[0] += v.x;
+          some[1] += v.y;
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int64_t s = first; s < last; ++s) {
 #pragma unroll
-      for (int e = 0; e < kTerms; ++e) {
-        if (rank + e < args.ranks) u[e] += from[s * args.u.stride + e * args.u.rank];
+        for (int e = 0; e < kTerms; ++e) {
+          if (rank + e < args.ranks) some[e] += from[s * args.u.stride + e * args.u.rank];
+        }
       }
     }
+#pragma unroll
+    for (int e = 0; e < kTerms; ++e) u[e] += some[e];
   }
 }
 

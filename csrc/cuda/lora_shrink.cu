@@ -2,7 +2,8 @@
 //
 // A block has 16·MT ranks, a tile of tokens and a slice of the positions; its warps take chunks of 4·E positions in turn. For a
 // chunk, a warp loads x once and passes over k = 0 … p: the coefficients scale x (one rounding), which then is operand B as it
-// lies in the lanes; the basis is operand A. The warps' sums are added in order, and so are the slices', by whoever reads them.
+// lies in the lanes; the basis is operand A. The warps' sums are added in order, and so are the slices': from sm_90 on by the
+// blocks of a cluster, which read each other's, else by whoever reads them, with the same bits.
 
 #include <algorithm>
 
@@ -16,11 +17,12 @@ constexpr int kShrinkStages = 4;
 struct ShrinkArgs {
   Source x, basis, coeff;  // [T, 1, in], [p+1, r, in], [n, p, in]
   Ids ids;
-  float* sums;            // [slices, T, r]; rows of tiles without a task are not written
+  float* sums;            // [slices / cluster, T, r]; rows of tiles without a task are not written
   int64_t tasks, width;   // n, in
   int64_t slice;          // chunks of a block
   int ranks, components;  // r, p
   int tile;               // tokens of a block
+  int cluster;            // blocks that share the tile and have neighbouring slices, whose sums they write as one
 };
 
 template <int MT>
@@ -58,6 +60,24 @@ __device__ __forceinline__ void add_product(float (&sum)[4], const uint4& a0, co
     multiply<T>(sum, uint2{a0.z, a0.w}, uint2{a8.z, a8.w}, uint2{z.z, z.w});
   }
 }
+
+#if __CUDA_ARCH__ >= 900
+// All threads of the cluster: what they wrote before is there for all after.
+__device__ __forceinline__ void meet() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" : : : "memory");
+}
+
+// What the block of that rank in the cluster has at this place in its shared memory.
+__device__ __forceinline__ float value_of_peer(const float* at, int rank) {
+  uint32_t address;
+  float value;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(at))), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+#endif
 
 // The slice's part of u for 8·NT tokens from `token` on and 16·MT ranks from `rank` on.
 template <class T, int NT, int MT, bool Many, bool OneTask>
@@ -175,19 +195,42 @@ __device__ __forceinline__ void shrink_tile(const ShrinkArgs& args, const Tile& 
     }
   }
   __syncthreads();
-  float* const out = args.sums + blockIdx.y * args.ids.size * args.ranks;
+  float* const out = args.sums + blockIdx.y / args.cluster * args.ids.size * args.ranks;
   const int64_t last = token + args.tile < args.ids.size ? token + args.tile : args.ids.size;
-#pragma unroll 1
-  for (int i = warp; i < MT * NT * 4; i += kWarps) {
-    const int c = i % 4, j = i / 4 % NT, m = i / 4 / NT;
-    const int64_t at = token + 8 * j + 2 * t + c % 2;
-    const int r = rank + 16 * m + c / 2 * 8 + g;
-    if (at >= last || r >= args.ranks) continue;
+  const auto of_warps = [&](int i) {
     float total = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += reinterpret_cast<const float*>(rings + w * kRing)[i * kWarp + lane];
-    out[at * args.ranks + r] = total;
+    return total;
+  };
+  const auto store = [&](int i, const auto& total) {
+    const int c = i % 4, j = i / 4 % NT, m = i / 4 / NT;
+    const int64_t at = token + 8 * j + 2 * t + c % 2;
+    const int r = rank + 16 * m + c / 2 * 8 + g;
+    if (at >= last || r >= args.ranks) return;
+    out[at * args.ranks + r] = total(i);
+  };
+#if __CUDA_ARCH__ >= 900
+  if (args.cluster > 1) {
+    float* const kept = reinterpret_cast<float*>(rings);
+#pragma unroll 1
+    for (int i = warp; i < MT * NT * 4; i += kWarps) kept[i * kWarp + lane] = of_warps(i);
+    meet();
+    const auto of_cluster = [&](int i) {
+      float total = 0;
+#pragma unroll 1
+      for (int s = 0; s < args.cluster; ++s) total += value_of_peer(kept + i * kWarp + lane, s);
+      return total;
+    };
+    const int mine = blockIdx.y % args.cluster;
+#pragma unroll 1
+    for (int i = warp * args.cluster + mine; i < MT * NT * 4; i += kWarps * args.cluster) store(i, of_cluster);
+    meet();  // all have been read
+    return;
   }
+#endif
+#pragma unroll 1
+  for (int i = warp; i < MT * NT * 4; i += kWarps) store(i, of_warps);
 }
 
 // Grid: tiles of tokens, slices, tiles of ranks.
@@ -214,7 +257,7 @@ __global__ void __launch_bounds__(kShrinkWarps<MT>* kWarp, 2) lora_shrink_kernel
 }
 
 // u [T, r] = the sum of the slices, 0 in rows without a task.
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 4)
     lora_sum_kernel(const float* sums, int64_t slices, const __grid_constant__ Ids ids, int64_t tasks, int ranks, float* u) {
   const int64_t size = ids.size * ranks, at = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (at >= size) return;
@@ -236,9 +279,10 @@ constexpr int64_t kEnoughBlocks = 512;  // more slices than make up so many only
 
 template <class T, int MT, bool Many>
 void launch_shrink(const Queue& queue, const ShrinkArgs& args, int64_t slices) {
-  const Grid grid{{blocks(args.ids.size, args.tile), static_cast<unsigned>(slices), blocks(args.ranks, 16 * MT)},
-                  kShrinkWarps<MT> * kWarp,
-                  kShrinkWarps<MT> * kShrinkRing<MT, Many> * sizeof(uint4)};
+  Grid grid{{blocks(args.ids.size, args.tile), static_cast<unsigned>(slices), blocks(args.ranks, 16 * MT)},
+            kShrinkWarps<MT> * kWarp,
+            kShrinkWarps<MT> * kShrinkRing<MT, Many> * sizeof(uint4)};
+  grid.cluster = static_cast<unsigned>(args.cluster);
   queue.launch(grid, lora_shrink_kernel<T, MT, Many>, args);
 }
 
@@ -253,10 +297,13 @@ Tensor run_shrink(Queue& queue, const Tensor& like, const View& x, const View& b
   const int64_t most = std::max<int64_t>(1, std::min(kMostSlices, kEnoughBlocks / others)) * warps;
   const int64_t chunks = (width + chunk - 1) / chunk, slice = std::max<int64_t>(1, (chunks + most - 1) / most) * warps;
   const int64_t slices = std::max<int64_t>(1, (chunks + slice - 1) / slice);
-  const Tensor sums = torch::stable::new_empty(like, {slices, tokens, ranks}, ScalarType::Float);
+  int cluster = 1;
+  while (queue.device().capability >= 90 && cluster < kTogether && cluster < slices) cluster *= 2;
+  const int64_t groups = (slices + cluster - 1) / cluster;
+  const Tensor sums = torch::stable::new_empty(like, {groups, tokens, ranks}, ScalarType::Float);
   queue.touches(sums);
   float* const to = static_cast<float*>(sums.data_ptr());
-  u = {to, slices, tokens * ranks, ranks, 1, ranks % 4 == 0};
+  u = {to, groups, tokens * ranks, ranks, 1, ranks % 4 == 0};
   const ShrinkArgs args{source(x, 0, 2, 1),
                         source(basis_a, 0, 1, 2),
                         source(coeff_a, 0, 1, 2),
@@ -267,13 +314,16 @@ Tensor run_shrink(Queue& queue, const Tensor& like, const View& x, const View& b
                         slice,
                         static_cast<int>(ranks),
                         static_cast<int>(coeff_a.size[1]),
-                        tile};
+                        tile,
+                        cluster};
   with_type(x.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (tile == kFew) {
-      narrow ? launch_shrink<T, 1, false>(queue, args, slices) : launch_shrink<T, 4, false>(queue, args, slices);
+      narrow ? launch_shrink<T, 1, false>(queue, args, groups * cluster)
+             : launch_shrink<T, 4, false>(queue, args, groups * cluster);
     } else {
-      narrow ? launch_shrink<T, 1, true>(queue, args, slices) : launch_shrink<T, 4, true>(queue, args, slices);
+      narrow ? launch_shrink<T, 1, true>(queue, args, groups * cluster)
+             : launch_shrink<T, 4, true>(queue, args, groups * cluster);
     }
   });
   return sums;

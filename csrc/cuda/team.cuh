@@ -1,5 +1,5 @@
-// A matrix per team of lanes, in shared memory and registers: Householder QR, one-sided Jacobi, orthonormal columns. As
-// csrc/cpu/jacobi.h.
+// A matrix per team of lanes, or of a block's threads, in shared memory and registers: Householder QR, one-sided Jacobi,
+// orthonormal columns. As csrc/cpu/jacobi.h.
 //
 // Columns are `stride` floats apart, see column_stride. Every function is called by all lanes of a team together; what they
 // pass on to each other lies in shared memory between two sync().
@@ -31,18 +31,30 @@ struct Team {
         lane(thread % Lanes),
         group(lane / Group),
         in_group(lane % Group),
-        team_mask(mask(Lanes, thread)),
+        team_mask(mask(Lanes < 32 ? Lanes : 32, thread)),
         group_mask(mask(Group, thread)) {}
 
   __device__ static unsigned mask(int size, int thread) {
     return size == 32 ? 0xffffffffu : ((1u << size) - 1) << (thread % 32 / size * size);
   }
 
-  __device__ void sync() const { __syncwarp(team_mask); }
+  __device__ void sync() const {
+    if constexpr (Lanes > 32) {
+      __syncthreads();
+    } else {
+      __syncwarp(team_mask);
+    }
+  }
   __device__ void sync_group() const {
     if constexpr (kGroup > 1) __syncwarp(group_mask);
   }
-  __device__ bool any(bool mine) const { return __any_sync(team_mask, mine); }
+  __device__ bool any(bool mine) const {
+    if constexpr (Lanes > 32) {
+      return __syncthreads_or(mine);
+    } else {
+      return __any_sync(team_mask, mine);
+    }
+  }
 
   __device__ float group_sum(float value) const {
 #pragma unroll
@@ -50,21 +62,24 @@ struct Team {
     return value;
   }
 
-  // Over all lanes; the same in all.
+  // Over all lanes, of at most a warp; the same in all.
   __device__ float sum(float value) const {
+    static_assert(Lanes <= 32);
 #pragma unroll
     for (int step = 1; step < Lanes; step *= 2) value += __shfl_xor_sync(team_mask, value, step);
     return value;
   }
 
-  // Over a team's groups; the same in all.
+  // Over a team's groups, of at most a warp; the same in all.
   __device__ float sum_of_groups(float value) const {
+    static_assert(Lanes <= 32);
 #pragma unroll
     for (int step = kGroup; step < kGroup * kGroups; step *= 2) value += __shfl_xor_sync(team_mask, value, step);
     return value;
   }
 
   __device__ uint32_t largest(uint32_t value) const {
+    static_assert(Lanes <= 32);
 #pragma unroll
     for (int step = 1; step < Lanes; step *= 2) {
       const uint32_t other = __shfl_xor_sync(team_mask, value, step);

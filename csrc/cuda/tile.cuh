@@ -22,6 +22,16 @@ inline Plane plane_of(const View& view) {
   return {view, positions_inside, aligned};
 }
 
+// The view with its axes in the order that is given, and that of `count` from `first` on along an axis.
+inline View permuted(const View& of, int a, int b, int c) {
+  return {of.data, of.dtype, {of.size[a], of.size[b], of.size[c]}, {of.stride[a], of.stride[b], of.stride[c]}};
+}
+inline View narrowed(View of, int axis, int64_t first, int64_t count) {
+  of.data += first * of.stride[axis] * element_size(of.dtype);
+  of.size[axis] = count;
+  return of;
+}
+
 // a / b for small non-negative numbers (below 2^22), by `inverse` = 1 / b.
 __device__ __forceinline__ int quotient(int a, float inverse) {
   return __float2int_rz((static_cast<float>(a) + 0.5f) * inverse);
@@ -44,8 +54,9 @@ __device__ __forceinline__ void in_turn(const float (&values)[N], int count, int
 
 // put(i, position, j, values, count): `count` neighbours along the inner axis, each element of tensor rows i < rows, positions
 // first … first + positions − 1 once, shared out among `threads` threads. A thread keeps its place in a row where it can, and
-// takes rows in turn.
-template <class T, class Put>
+// takes rows in turn. If Crossed, and ranks are innermost, neighbouring threads have every other position first: 16 ranks of
+// two of them, 8 banks apart from one position to the next, would else meet half of the banks.
+template <class T, bool Crossed = false, class Put>
 __device__ __forceinline__ void each_loaded(const Plane& plane, int rows, int64_t first, int positions, int thread, int threads,
                                             const Put& put) {
   constexpr int kWidth = kVector<T>;
@@ -59,9 +70,11 @@ __device__ __forceinline__ void each_loaded(const Plane& plane, int rows, int64_
   const int64_t outer_step = plane.positions_inside ? view.stride[2] : view.stride[1];
   const float per_chunk = 1.0f / static_cast<float>(chunks), per_place = 1.0f / static_cast<float>(places);
   const int at_once = places < threads ? quotient(threads, per_place) : 1;
+  const bool crossed = Crossed && !plane.positions_inside && outer_size % 4 == 0;
   for (int index = thread; index < places * at_once; index += threads) {
     const int row = quotient(index, per_place), place = index - row * places;
-    const int outer = quotient(place, per_chunk), inner = (place - outer * chunks) * width;
+    const int line = quotient(place, per_chunk), inner = (place - line * chunks) * width;
+    const int outer = crossed ? (line & ~3) | (line & 1) << 1 | (line >> 1 & 1) : line;
     const int position = plane.positions_inside ? inner : outer, j = plane.positions_inside ? outer : inner;
     const int left = inner_size - inner < width ? inner_size - inner : width;
     const T* from = reinterpret_cast<const T*>(view.data) + row * view.stride[0] + first * view.stride[1] + outer * outer_step +
@@ -116,6 +129,27 @@ __device__ __forceinline__ void each_stored(const Plane& plane, int rows, int64_
       for (int e = 0; e < kWidth; ++e) {
         if (e < left) to[e * inner_step] = Storage<T>::narrow(values[e]);
       }
+    }
+  }
+}
+
+// Coefficients [n, p, S] of tasks `begin` … and positions `first` …: get(i, c, position) with i and position from there. Stored
+// as T with positions innermost; in a workspace as fp32 with tasks innermost.
+template <class T, class Get>
+__device__ __forceinline__ void store_coefficients(const View& coeff, int64_t begin, int count, int p, int64_t first,
+                                                   int positions, int thread, int threads, const Get& get) {
+  const int64_t start = begin * coeff.stride[0] + first * coeff.stride[2];
+  if (coeff.stride[2] == 1) {
+    T* const to = reinterpret_cast<T*>(coeff.data) + start;
+    for (int index = thread; index < count * p * positions; index += threads) {
+      const int position = index % positions, row = index / positions, i = row / p, c = row % p;
+      to[i * coeff.stride[0] + c * coeff.stride[1] + position] = Storage<T>::narrow(get(i, c, position));
+    }
+  } else {
+    float* const to = reinterpret_cast<float*>(coeff.data) + start;
+    for (int index = thread; index < count * p * positions; index += threads) {
+      const int i = index % count, row = index / count, c = row % p, position = row / p;
+      to[i * coeff.stride[0] + c * coeff.stride[1] + position * coeff.stride[2]] = get(i, c, position);
     }
   }
 }

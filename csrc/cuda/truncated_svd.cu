@@ -1,11 +1,11 @@
-// truncated_svd: a matrix per team of threads. Its left vectors come as compress's do, without centring (directions.cuh); Uᵀ X
-// is then formed from X itself, free of what QR and rotations rounded: its rows' norms are σ, and its normalised rows, made
-// orthonormal once more, the right vectors.
+// truncated_svd: a matrix per team of lanes, a large one per block (large.cuh). Its left vectors come as compress's do, without
+// centring (directions.cuh); Uᵀ X is then formed from X itself, free of what QR and rotations rounded: its rows' norms are σ,
+// and its normalised rows, made orthonormal once more, the right vectors.
 
+#include <algorithm>
 #include <tuple>
 
-#include "directions.cuh"
-#include "launch.h"
+#include "large.cuh"
 #include "reference.h"
 
 namespace rmm {
@@ -17,6 +17,53 @@ struct Svd {
   int v, v_stride;  // [rank][k], where a team keeps them, and σ and the scale; what it has, in floats
   int sigma, scales, team_size;
 };
+
+// Uᵀ X, whose rows are v_c, → σ, falling, and orthonormal right vectors. room: for k values.
+template <class T>
+__device__ void right_vectors(const T& team, float* v, int v_stride, int k, int rank, float* sigma, float* room) {
+  constexpr int kLanes = T::kGroup * T::kGroups;
+  float least = 0;
+  for (int c = 0; c < rank; ++c) {
+    float* const vector = v + c * v_stride;
+    const float square = team.dot(vector, vector, 0, k);
+    const float inverse = square > kTiny ? exact_rsqrt(square) : 0.0f;
+    least = c == 0 || square * inverse < least ? square * inverse : least;  // equal ones may differ by a rounding
+    team.sync();
+    if (team.lane == 0) sigma[c] = least;
+    for (int i = team.lane; i < k; i += kLanes) vector[i] *= inverse;
+    team.sync();
+    // In falling order of σ, so that the large ones stay as they are.
+    for (int pass = 0; pass < 2; ++pass) {
+      subtract(team, v, v_stride, k, c, vector, room);
+      if (team.dot(vector, vector, 0, k) > 1e4f * kEpsilon * kEpsilon) {
+        normalise(team, vector, k);
+      } else {
+        team.sync();
+        complete(team, v, v_stride, k, c, room);
+      }
+    }
+  }
+}
+
+// NaN where the matrix is not finite.
+template <class T>
+__device__ void store_triplets(const T& team, const View& u_out, const View& s_out, const View& vh_out, int64_t matrix,
+                               const float* u, int u_stride, const float* v, int v_stride, const float* sigma,
+                               const Scale& scale, bool finite) {
+  constexpr int kLanes = T::kGroup * T::kGroups;
+  const int m = static_cast<int>(u_out.size[1]), rank = static_cast<int>(u_out.size[2]), k = static_cast<int>(vh_out.size[2]);
+  const float spoil = finite ? 0.0f : __int_as_float(0x7fffffff);
+  for (int index = team.lane; index < m * rank; index += kLanes) {
+    const int i = index / rank, c = index % rank;
+    store_as(u_out.dtype, u_out.data, matrix * m * rank + index, u[c * u_stride + i] + spoil);
+  }
+  for (int index = team.lane; index < rank * k; index += kLanes) {
+    const int c = index / k, i = index % k;
+    store_as(vh_out.dtype, vh_out.data, matrix * rank * k + index, v[c * v_stride + i] + 0.0f + spoil);
+  }
+  float* const s = reinterpret_cast<float*>(s_out.data) + matrix * rank;
+  for (int c = team.lane; c < rank; c += kLanes) s[c] = sigma[c] * scale.down2 * scale.down1 + spoil;
+}
 
 // One matrix per team. Shared memory: each team's, which starts with its x [m][k].
 template <int Lanes, int Group>
@@ -74,39 +121,98 @@ __global__ void truncated_svd(const __grid_constant__ Svd args) {
     v[c * args.v_stride + column] = total;
   }
   team.sync();
-  float least = 0;
-  for (int c = 0; c < rank; ++c) {
-    float* const vector = v + c * args.v_stride;
-    const float square = team.dot(vector, vector, 0, k);
-    const float inverse = square > kTiny ? exact_rsqrt(square) : 0.0f;
-    least = c == 0 || square * inverse < least ? square * inverse : least;  // equal ones may differ by a rounding
-    team.sync();
-    if (team.lane == 0) sigma[c] = least;
-    for (int i = team.lane; i < k; i += Lanes) vector[i] *= inverse;
-    team.sync();
-    // In falling order of σ, so that the large ones stay as they are.
-    for (int pass = 0; pass < 2; ++pass) {
-      subtract(team, v, args.v_stride, k, c, vector, memory + at.room);
-      if (team.dot(vector, vector, 0, k) > 1e4f * kEpsilon * kEpsilon) {
-        normalise(team, vector, k);
-      } else {
-        team.sync();
-        complete(team, v, args.v_stride, k, c, memory + at.room);
+  right_vectors(team, v, args.v_stride, k, rank, sigma, memory + at.room);
+  store_triplets(team, args.u, args.s, args.vh, matrix, u, at.u_stride, v, args.v_stride, sigma, scale, finite);
+}
+
+struct SvdLarge {
+  Plane x;
+  View u, s, vh;
+  Large at;
+  int v, v_stride, memory_end;  // [rank][k], where core and left vectors are
+  int sigma, room, end;         // [rank], [k], in shared memory
+  float* workspace;             // [B][memory_end], unless that is in shared memory too
+};
+
+// One matrix per block, its columns in chunks, three times: for their scale, for the core, for the right vectors. The core and
+// the vectors are in shared memory if Resident, else in the block's workspace.
+template <bool Resident>
+__global__ void __launch_bounds__(kLargeThreads, 2) truncated_svd_large(const __grid_constant__ SvdLarge args) {
+  extern __shared__ float4 shared_memory[];
+  float* const shared = reinterpret_cast<float*>(shared_memory);
+  const Large& at = args.at;
+  const int m = at.r, k = at.columns, rank = at.p, thread = static_cast<int>(threadIdx.x);
+  const int64_t matrix = blockIdx.x;
+  float* const memory = Resident ? shared + args.end : args.workspace + matrix * args.memory_end;
+  float *const core = memory + at.core, *const u = memory + at.u, *const v = memory + args.v;
+  float *const tile = shared + at.tile, *const sigma = shared + args.sigma, *const room = shared + args.room;
+  const LargeTeam team(thread);
+
+  // work(begin, count): on each chunk of columns, once it is in the tile.
+  const auto each_chunk = [&](const auto& work) {
+#pragma unroll 1
+    for (int begin = 0; begin < k; begin += kLargeChunk) {
+      const int count = k - begin < kLargeChunk ? k - begin : kLargeChunk;
+      __syncthreads();  // the last chunk is used
+      with_dtype(args.x.view.dtype, [&](auto dtype) {
+        using Element = decltype(dtype);
+        // As the rows of a plane with one leading row.
+        Plane plane = args.x;
+        plane.view.data +=
+            (matrix * plane.view.stride[0] + begin * plane.view.stride[2]) * static_cast<int64_t>(sizeof(Element));
+        plane.view.size[2] = count;
+        each_loaded<Element>(
+            plane, 1, 0, m, thread, kLargeThreads,
+            [&](int, int row, int column, const float (&values)[kVector<Element>], int some) {
+#pragma unroll
+              for (int e = 0; e < kVector<Element>; ++e) {
+                if (e >= some) continue;
+                tile[plane.positions_inside ? column * at.tile_stride + row + e : (column + e) * at.tile_stride + row] =
+                    values[e];
+              }
+            });
+      });
+      __syncthreads();
+      work(begin, count);
+    }
+  };
+
+  uint32_t largest = 0;
+  each_chunk([&](int, int count) {
+    for (int j = thread; j < m; j += kLargeThreads) {
+      for (int i = 0; i < count; ++i) {
+        const uint32_t bits = magnitude_bits(tile[i * at.tile_stride + j]);
+        largest = bits > largest ? bits : largest;
       }
     }
+  });
+  largest = largest_of_block(thread, largest, shared + at.norms);
+  const bool finite = is_finite(largest);
+  const Scale scale = scale_of(finite ? largest : 0);
+  const auto scaled = [&](int i, int j) { return finite ? tile[i * at.tile_stride + j] * scale.up1 * scale.up2 : 0.0f; };
+  if (!at.tall) {
+    for (int index = thread; index < at.k * at.stride; index += kLargeThreads) core[index] = 0;
   }
+  each_chunk([&](int begin, int count) { add_columns(team, at, core, shared + at.reflector, begin, count, scaled); });
+  __syncthreads();
+  directions_of_core(team, at, shared, core, u, args.u.dtype);
 
-  const float spoil = finite ? 0.0f : __int_as_float(0x7fffffff);
-  for (int index = team.lane; index < m * rank; index += Lanes) {
-    const int i = index / rank, c = index % rank;
-    store_as(args.u.dtype, args.u.data, matrix * m * rank + index, u[c * at.u_stride + i] + spoil);
-  }
-  for (int index = team.lane; index < rank * k; index += Lanes) {
-    const int c = index / k, i = index % k;
-    store_as(args.vh.dtype, args.vh.data, matrix * rank * k + index, v[c * args.v_stride + i] + 0.0f + spoil);
-  }
-  float* const s = reinterpret_cast<float*>(args.s.data) + matrix * rank;
-  for (int c = team.lane; c < rank; c += Lanes) s[c] = sigma[c] * scale.down2 * scale.down1 + spoil;
+  each_chunk([&](int begin, int count) {
+    for (int index = team.group; index < rank * count; index += LargeTeam::kGroups) {
+      const int c = index / count, i = index % count;
+      float even = 0, odd = 0;
+      for (int j = team.in_group; j < m; j += 2 * LargeTeam::kGroup) {
+        const int next = j + LargeTeam::kGroup;
+        even = fmaf(scaled(i, j), u[c * at.stride + j], even);
+        if (next < m) odd = fmaf(scaled(i, next), u[c * at.stride + next], odd);
+      }
+      const float value = team.group_sum(even + odd);
+      if (team.in_group == 0) v[c * args.v_stride + begin + i] = value;
+    }
+  });
+  __syncthreads();
+  right_vectors(team, v, args.v_stride, k, rank, sigma, room);
+  store_triplets(team, args.u, args.s, args.vh, matrix, u, at.stride, v, args.v_stride, sigma, scale, finite);
 }
 
 template <int Lanes, int Group>
@@ -118,6 +224,35 @@ void launch_svd(const Queue& queue, const Svd& args, int most_teams, int64_t mos
                truncated_svd<Lanes, Group>, args);
 }
 
+// Sets what of `args` is about a block's memory; whether there is room for it.
+bool place_large(SvdLarge& args, int64_t m, int64_t k, int64_t rank, int64_t most_floats) {
+  args.at = large_at(m, k, rank);
+  args.v_stride = static_cast<int>(k | 1);
+  int64_t next = args.at.memory_end;
+  args.v = take_floats(next, rank * args.v_stride), args.memory_end = take_floats(next, 0);
+  next = args.at.shared_end;
+  args.sigma = take_floats(next, rank), args.room = take_floats(next, k), args.end = take_floats(next, 0);
+  return args.at.k >= kLargeThreads / 32 && next <= most_floats;
+}
+
+void launch_large(Queue& queue, const Tensor& like, const View& x, const View& u, const View& s, const View& vh, SvdLarge args,
+                  int64_t most_floats) {
+  const bool resident = static_cast<int64_t>(args.end) + args.memory_end <= most_floats;
+  const int64_t batch = x.size[0], floats = resident ? 0 : args.memory_end;
+  const int64_t some = at_a_time(batch, floats * static_cast<int64_t>(sizeof(float)));
+  const Tensor workspace = torch::stable::new_empty(like, {some, floats}, ScalarType::Float);
+  queue.touches(workspace);
+  args.workspace = static_cast<float*>(workspace.data_ptr());
+  for (int64_t first = 0; first < batch; first += some) {
+    const int64_t count = std::min(some, batch - first);
+    args.x = plane_of(narrowed(x, 0, first, count)), args.u = narrowed(u, 0, first, count);
+    args.s = narrowed(s, 0, first, count), args.vh = narrowed(vh, 0, first, count);
+    queue.launch(
+        {blocks(count, 1), kLargeThreads, (args.end + (resident ? static_cast<size_t>(args.memory_end) : 0)) * sizeof(float)},
+        resident ? truncated_svd_large<true> : truncated_svd_large<false>, args);
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> truncated_svd_op(Tensor x, int64_t rank) {
   const View in = view(x, 3, "x");
   const int64_t batch = in.size[0], m = in.size[1], k = in.size[2], shorter = m < k ? m : k;
@@ -126,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd_op(Tensor x, int64_t rank) {
     const auto results = call_reference<3>("truncated_svd", x, rank);
     return std::make_tuple(tensor_of(results[0]), tensor_of(results[1]), tensor_of(results[2]));
   };
-  if (in.dtype == Dtype::f64 || shorter > 64) return reference();
+  if (in.dtype == Dtype::f64 || shorter > kLargest) return reference();
 
   Svd args{};
   args.at = directions_at(m * k, m, k, rank, k);
@@ -137,12 +272,17 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd_op(Tensor x, int64_t rank) {
   Tensor u = torch::stable::new_empty(x, {batch, m, rank});
   Tensor s = torch::stable::new_empty(x, {batch, rank}, ScalarType::Float);
   Tensor vh = torch::stable::new_empty(x, {batch, rank, k});
-  const Queue queue{x, u, s, vh};
-  const int64_t most_floats = queue.device().shared_bytes / static_cast<int64_t>(sizeof(float));
-  if (static_cast<int64_t>(args.team_size) > most_floats) return reference();
+  Queue queue{x, u, s, vh};
   if (rank == 0) return {u, s, vh};
-  args.x = plane_of(in);
-  args.u = view(u, 3, "u"), args.s = view(s, 2, "s"), args.vh = view(vh, 3, "vh");
+  const int64_t most_floats = queue.device().shared_bytes / static_cast<int64_t>(sizeof(float));
+  const View left = view(u, 3, "u"), values = view(s, 2, "s"), right = view(vh, 3, "vh");
+  if (shorter > 64 || static_cast<int64_t>(args.team_size) > most_floats) {
+    SvdLarge large{};
+    if (!place_large(large, m, k, rank, most_floats)) return reference();
+    launch_large(queue, x, in, left, values, right, large, most_floats);
+    return {u, s, vh};
+  }
+  args.x = plane_of(in), args.u = left, args.s = values, args.vh = right;
   if (shorter <= 16) {
     launch_svd<8, team_group(16)>(queue, args, 16, most_floats / 2);
   } else if (shorter <= 32) {

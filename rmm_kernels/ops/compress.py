@@ -19,12 +19,14 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Hard inputs: U is orthonormal at any rank of X, completed deterministically where X − μ has less than p (σ_j ≤ 1e-6 σ_1;
     1e-14 in fp64), with coefficients 0 there. A position whose vectors are all equal gets U = I[:, :p]. A position that holds
-    NaN or Inf gives NaN and leaves the others bit for bit alone. In each component the entry of largest magnitude is
-    positive, the lowest index on ties. Results depend neither on the place in the batch nor on the number of threads.
+    NaN or Inf gives NaN in all it returns and leaves the others bit for bit alone: NaN in its energy (with one task, in its
+    mean) is the info flag, which no finite position has and which costs no synchronisation. In each component the entry of
+    largest magnitude is positive, the lowest index on ties. Results depend neither on the place in the batch nor on the number
+    of threads.
 
-    On a GPU, kernels take min(r, n − 1) up to 64: CUDA's what a block's shared memory holds, and any n for r up to 64;
-    Triton's sizes whose product (r or p by r, each rounded up to a power of two) is up to 16384. What is larger goes to
-    torch.linalg.svd.
+    On a GPU, CUDA's kernels take min(r, n − 1) up to 256 and any n, if 16 tasks' vectors fit a block's shared memory (r up to
+    2000 or so); Triton's min(r, n − 1) up to 64 and sizes whose product (r or p by r, each rounded up to a power of two) is up
+    to 16384. What is larger goes to torch.linalg.svd.
 
     Args:
         x: [n, S, r], fp32, fp16, bf16 or fp64, any strides; n ≥ 1. Sums are kept in fp32 (fp64 for fp64).

@@ -18,13 +18,14 @@ def truncated_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading `rank` singular triplets of every matrix, as `torch.linalg.svd` orders them.
 
     Batches of at least 16 matrices up to 64 on their shorter side go to this package's kernel, one-sided Jacobi with a matrix
-    in every SIMD lane (on a GPU, a tile of up to 16384 values). Beyond 128, in fp32, fp16 and bf16, a block Krylov method
-    takes over where the rank is small (at most a quarter of the shorter side, less 8), else the Gram matrix and eigh in fp64;
-    what either returns is checked (orthonormality and residuals to 5e-6, energy), and a matrix that fails goes on to the next
-    method, in the end to torch.linalg.svd. That waits for a GPU to finish. All others go to torch.linalg.svd at once.
+    in every SIMD lane (Triton's takes a tile of up to 16384 values; CUDA's up to 128, a block each). Beyond 128, in fp32, fp16
+    and bf16, a block Krylov method takes over where the rank is small (at most a quarter of the shorter side, less 8), else the
+    Gram matrix and eigh in fp64; what either returns is checked (orthonormality and residuals to 5e-6, energy), and a matrix
+    that fails goes on to the next method, in the end to torch.linalg.svd. That waits for a GPU to finish. All others go to
+    torch.linalg.svd at once.
 
     Signs are deterministic: the component of largest magnitude of every left singular vector is positive, the lowest index
-    on ties. A matrix that holds NaN or Inf gives NaN and leaves its neighbours alone.
+    on ties. A matrix that holds NaN or Inf gives NaN and leaves its neighbours alone: NaN in its S is the info flag.
 
     Args:
         x: [B, m, k], fp32, fp16, bf16 or fp64, any strides.
@@ -41,8 +42,10 @@ def truncated_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     _checks.gpu_dtype("truncated_svd", "x", x)
     if min(x.shape[1:]) > _large_svd.SHORTEST and x.dtype != torch.float64:
         return torch.ops.rmm_kernels.large_svd(x, rank, True)
-    too_large = _library.runs_on("truncated_svd", x) == "triton" and not _limits.truncated_svd_fits(*x.shape[1:])
-    if x.shape[0] < _FEWEST or min(x.shape[1:]) > _LARGEST or too_large:
+    backend = _library.runs_on("truncated_svd", x)
+    largest = _large_svd.SHORTEST if backend == "cuda" else _LARGEST
+    too_large = backend == "triton" and not _limits.truncated_svd_fits(*x.shape[1:])
+    if x.shape[0] < _FEWEST or min(x.shape[1:]) > largest or too_large:
         return torch.ops.rmm_kernels.truncated_svd.reference(x, rank)
     return torch.ops.rmm_kernels.truncated_svd(x, rank)
 

@@ -94,6 +94,7 @@ class _LaunchArguments(ctypes.Structure):
     _fields_ = [
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32 * 3),
         ("shared_bytes", ctypes.c_uint64),
         ("seed", ctypes.c_uint64),
         ("instruction_limit", ctypes.c_uint64),
@@ -210,8 +211,10 @@ class Module:
         poison_registers=False,
         statistics=True,
         host_threads=1,
+        cluster=1,
     ):
-        """Runs the kernel. `check` is True, False or names out of CHECKS. Returns statistics; raises SimulationError."""
+        """Runs the kernel, `cluster` blocks at a time. `check` is True, False or names out of CHECKS. Returns statistics;
+        raises SimulationError."""
         kernel_name = self.find_kernel(kernel_name)
         params = self.kernels[kernel_name]["params"]
         if len(args) != len(params):
@@ -245,7 +248,7 @@ class Module:
         )
         raw = (ctypes.c_uint8 * max(1, len(block_bytes))).from_buffer_copy(bytes(block_bytes) or b"\0")
         a = _LaunchArguments()
-        a.grid[:], a.block[:] = _triple(grid), _triple(block)
+        a.grid[:], a.block[:], a.cluster[:] = _triple(grid), _triple(block), _triple(cluster)
         a.shared_bytes, a.seed, a.instruction_limit = shared_bytes, seed, instruction_limit
         a.params, a.param_bytes = ctypes.addressof(raw), len(block_bytes)
         a.regions, a.region_count = region_array, len(regions)

@@ -430,7 +430,13 @@ class Decoder {
       return true;
     }
     if (name == "bar" || name == "barrier") {
-      if (st_->text.find("cluster") != std::string::npos) return false;
+      if (has("cluster")) {  // a relaxed arrival would order nothing
+        if (has("relaxed") || has("arrive") == has("wait")) return false;
+        in.flow = has("arrive") ? Flow::ClusterArrive : Flow::ClusterWait;
+        in.aligned = has("aligned");
+        set_class(in, "barrier");
+        return true;
+      }
       in.flow = Flow::Barrier;
       in.aligned = name == "bar" || has("aligned");
       in.mode = has("arrive") ? 1 : has("red") ? 2 : 0;
@@ -504,6 +510,9 @@ class Decoder {
            : s == Space::Param  ? "param"
                                 : "generic";
   }
+  static std::string space_word(const Instr& in) {
+    return space_word(in.space) + std::string(in.space == Space::Shared && in.clustered ? "::cluster" : "");
+  }
   void note_granule(const Instr& in, u32 bytes) {
     if (in.space == Space::Shared || in.space == Space::Generic)
       program_.shared_granule = std::min(program_.shared_granule, bytes);
@@ -521,16 +530,17 @@ class Decoder {
       in.strong = has("volatile") || has("relaxed") || has("acquire") || has("release") || has("mmio");
       const Operand& a = name == "st" ? op(0) : op(1);
       in.space = space_of(a);
+      in.clustered = in.space == Space::Generic || st_->text.find("shared::cluster") != std::string::npos;
       address(in, a);
       in.aligned = has("release");
       if (name == "st") {
         src(op(1), ANY);
         in.run = store;
-        set_class(in, std::string("store ") + space_word(in.space));
+        set_class(in, "store " + space_word(in));
       } else {
         dst(op(0), ANY);
         in.run = load;
-        set_class(in, std::string("load ") + space_word(in.space));
+        set_class(in, "load " + space_word(in));
       }
       for (size_t i = name == "st" ? 1 : 0; i < (name == "st" ? src_.size() : 0); ++i)
         if (src_[i].bank == 1 && src_[i].bytes == 4 && in.element == 8) fail("immediate width");
@@ -587,6 +597,16 @@ class Decoder {
           u64 b = (u64)m.launch->params.data();
           map1<u64, u64>(m, i, mask, [b](u64 a) { return a + b; });
         };
+      return true;
+    }
+    if (name == "mapa" || name == "getctarank") {
+      const bool wide = type_bytes(type_name()) == 8 && name == "mapa";
+      const u32 bytes = wide ? 8 : 4;
+      dst(op(0), name == "mapa" ? bytes : 4);
+      src(op(1), bytes);
+      if (name == "mapa") src(op(2), 4);
+      in.run = name == "mapa" ? (wide ? map_to_peer<u64> : map_to_peer<u32>) : rank_of_address<u32>;
+      set_class(in, "move");
       return true;
     }
     if (name == "isspacep") {

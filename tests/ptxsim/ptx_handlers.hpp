@@ -772,9 +772,13 @@ inline void load_in_space(Machine& m, const Instr& in, u32 mask, u64* address, S
     case Space::Shared:
       for (u32 left = mask; left; left &= left - 1) {
         int i = __builtin_ctz(left);
+        Machine& owner = in.clustered ? m.owner_of(in, i, address[i]) : m;
         m.check_shared(in, i, address[i], bytes);
-        if (m.checks & (CHECK_UNINITIALISED | CHECK_SHARED_RACE)) m.note_shared_read(in, i, address[i], bytes, in.strong);
-        from[i] = m.shared.data() + address[i];
+        if (&owner != &m)
+          m.note_peer_access(in, i, address[i], bytes, owner, false);
+        else if (m.checks & (CHECK_UNINITIALISED | CHECK_SHARED_RACE))
+          m.note_shared_read(in, i, address[i], bytes, in.strong);
+        from[i] = owner.shared.data() + address[i];
       }
       if (m.statistics) m.count_shared(in, address, mask, bytes);
       break;
@@ -832,11 +836,14 @@ inline void store_in_space(Machine& m, const Instr& in, u32 mask, u64* address, 
     case Space::Shared:
       for (u32 left = mask; left; left &= left - 1) {
         int i = __builtin_ctz(left);
+        Machine& owner = in.clustered ? m.owner_of(in, i, address[i]) : m;
         m.check_shared(in, i, address[i], bytes);
         fetch_store_data(m, in, i, data);
-        if (m.checks & (CHECK_UNINITIALISED | CHECK_SHARED_RACE))
+        if (&owner != &m)
+          m.note_peer_access(in, i, address[i], bytes, owner, true);
+        else if (m.checks & (CHECK_UNINITIALISED | CHECK_SHARED_RACE))
           m.note_shared_write(in, i, address[i], bytes, data, in.strong);
-        std::memcpy(m.shared.data() + address[i], data, bytes);
+        std::memcpy(owner.shared.data() + address[i], data, bytes);
       }
       if (m.statistics) m.count_shared(in, address, mask, bytes);
       break;
@@ -855,6 +862,29 @@ inline void store_in_space(Machine& m, const Instr& in, u32 mask, u64* address, 
       break;
     default:
       m.fault(in, __builtin_ctz(mask), "store to a read-only state space");
+  }
+}
+// The address, in the block of rank src[1], of what is at src[0] in this one.
+template <class T>
+inline void map_to_peer(Machine& m, const Instr& in, u32 mask) {
+  const T* from = m.at<T>(in.src[0]);
+  const u32* rank = m.at<u32>(in.src[1]);
+  T* to = m.at<T>(in.dst[0]);
+  for (u32 left = mask; left; left &= left - 1) {
+    int i = __builtin_ctz(left);
+    if (rank[i] >= (m.cluster ? m.cluster->members.size() : 1))
+      m.fault(in, i, "there is no block " + std::to_string(rank[i]) + " in the cluster");
+    to[i] = (from[i] & ~((T)0xff << RANK_SHIFT)) | (T)(rank[i] + 1) << RANK_SHIFT;
+  }
+}
+template <class T>
+inline void rank_of_address(Machine& m, const Instr& in, u32 mask) {
+  const T* from = m.at<T>(in.src[0]);
+  u32* to = m.at<u32>(in.dst[0]);
+  for (u32 left = mask; left; left &= left - 1) {
+    int i = __builtin_ctz(left);
+    const u32 rank = (u32)(from[i] >> RANK_SHIFT) & 0xff;
+    to[i] = rank ? rank - 1 : m.rank;
   }
 }
 // Calls body(space, submask) with addresses made relative to each lane's state space.

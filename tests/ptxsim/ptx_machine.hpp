@@ -17,6 +17,8 @@ constexpr u64 LOCAL_WINDOW = 2ull << 56;    // generic addresses of local memory
 constexpr u64 PARAM_IN_LOCAL = 1ull << 40;  // .param variables of calls live in local memory
 constexpr u64 SHARED_START = 1024;          // first shared offset handed out
 constexpr int MAX_WARPS = 64;
+constexpr int RANK_SHIFT = 24;  // shared::cluster addresses: a block's rank plus one from this bit on; none is the own block
+constexpr int MAX_CLUSTER = 16;
 
 enum Check : u32 {
   CHECK_UNINITIALISED = 1,
@@ -41,7 +43,21 @@ struct Ref {  // where 32 lane values lie: register file (bank 0) or constant ba
 };
 using CompareFn = u32 (*)(const char* a, const char* b, bool ftz);
 
-enum class Flow : u8 { Next, Memory, Branch, BranchTable, Exit, Call, Return, Barrier, WarpBarrier, WarpSync, WarpAligned };
+enum class Flow : u8 {
+  Next,
+  Memory,
+  Branch,
+  BranchTable,
+  Exit,
+  Call,
+  Return,
+  Barrier,
+  ClusterArrive,
+  ClusterWait,
+  WarpBarrier,
+  WarpSync,
+  WarpAligned
+};
 
 struct CallInfo {
   struct Copy {
@@ -62,7 +78,7 @@ struct Instr {
   s32 guard = -1;  // register-file offset of the guard predicate
   bool guard_negated = false;
   bool ftz = false, sat = false, relu = false, nan_wins = false, xorsign = false;
-  bool is_signed = false, strong = false, aligned = false, trans = false, flag = false;
+  bool is_signed = false, strong = false, aligned = false, trans = false, flag = false, clustered = false;
   Rounding rounding = Rounding::Nearest;
   u8 element = 0, vector = 1;  // memory: bytes per element, elements
   u8 mode = 0, mode2 = 0;      // per-opcode variant
@@ -119,14 +135,17 @@ struct Counters {
 struct ByteState {  // shadow of one granule of shared memory
   u32 write_clock, read_clock, other_read_clock, write_serial;
   u32 readers, other_readers;  // lanes behind MANY_LANES
-  u8 write_warp, write_lane, read_warp, read_lane, other_read_warp, other_read_lane, flags, unused;
+  u8 write_warp, write_lane, read_warp, read_lane, other_read_warp, other_read_lane, flags, write_rank;
+  // What the cluster's barriers order: how many the last writer had arrived at, and one more than the most any reader, of
+  // another block or of its own, had.
+  u32 write_arrivals, peer_read, own_read;
   enum { WRITTEN = 1, IN_FLIGHT = 2, STRONG = 4 };
 };
 constexpr u8 NO_LANE = 255, MANY_LANES = 32;
 
 struct Group {  // lanes of a warp that share a program counter
   u32 pc, mask;
-  enum State : u8 { Ready, AtBarrier, AtWarpSync, AtWarpBarrier } state;
+  enum State : u8 { Ready, AtBarrier, AtWarpSync, AtWarpBarrier, AtClusterBarrier } state;
   u32 barrier;
 };
 struct PendingCopy {
@@ -145,8 +164,9 @@ struct Warp {
   u32 commits[32];
   u32 clock;
   u32 lane_sync[32];
-  u32 seen[MAX_WARPS];  // vector clock
-  bool fenced;          // has executed a fence or an acquire/release operation
+  u32 seen[MAX_WARPS];          // vector clock
+  u32 arrivals[32], waits[32];  // barriers of the cluster that a lane has arrived at, and waited for
+  bool fenced;                  // has executed a fence or an acquire/release operation
   u32 spins;
 };
 
@@ -170,7 +190,7 @@ struct FlagState {
 
 struct Launch {
   const Program* program;
-  u32 grid[3], block[3];
+  u32 grid[3], block[3], cluster[3];
   u64 shared_bytes;  // dynamic
   std::vector<u8> params;
   std::vector<Region> regions;
@@ -180,6 +200,11 @@ struct Launch {
   std::atomic<bool> failed{false};
   std::vector<u32> block_order;
   bool threaded = false;
+};
+
+struct Cluster {  // blocks that run together, by rank
+  std::vector<Machine*> members;
+  u32 completed;  // barriers
 };
 
 struct Machine {
@@ -198,6 +223,10 @@ struct Machine {
   std::vector<u8> fenced_blocks;
   u32 block_id[3];
   u32 block_number = 0, threads = 0;
+  Cluster* cluster = nullptr;
+  u32 rank = 0;  // in it
+  bool exited = false;
+  u32 peer_access = 0, most_waits = 0;  // as ByteState::peer_read, of all bytes; of all lanes
   u32 serial = 0;
   u64 executed = 0, barriers_executed = 0;
   u32 checks = 0;
@@ -395,11 +424,81 @@ struct Machine {
     };
     return synced(lane) && synced(by_lane);
   }
+  // Whether the cluster's barriers order what a thread did that had arrived at so many before this lane's next access.
+  bool ordered_by_cluster(u32 arrivals, int lane) const { return lane < 32 && warp->waits[lane] > arrivals; }
+  bool write_ordered(const ByteState& b, int lane) const {
+    return (b.write_rank == rank && ordered(b.write_warp, b.write_lane, b.write_clock, lane)) ||
+           ordered_by_cluster(b.write_arrivals, lane);
+  }
+  std::string peer_name(u32 of_rank) const { return block_name(cluster->members[of_rank]->block_number) + " of its cluster"; }
+  std::string who(const ByteState& b) const {
+    return b.write_rank == rank ? who(b.write_warp, b.write_lane) : peer_name(b.write_rank);
+  }
+  // The block of the cluster that a shared::cluster address is in; makes it an address there.
+  Machine& owner_of(const Instr& in, int lane, u64& address) {
+    if (!(address >> RANK_SHIFT)) return *this;
+    const u64 of_rank = (address >> RANK_SHIFT) - 1;
+    address &= (1u << RANK_SHIFT) - 1;
+    if (of_rank == rank) return *this;
+    if (!cluster || of_rank >= cluster->members.size())
+      fault(in, lane,
+            "address in the shared memory of block " + std::to_string(of_rank) + " of a cluster of " +
+                std::to_string(cluster ? cluster->members.size() : 1));
+    return *cluster->members[of_rank];
+  }
+  // An access of this lane to the shared memory of another block.
+  void note_peer_access(const Instr& in, int lane, u64 address, u32 bytes, Machine& owner, bool writes) {
+    const std::string whose = "the shared memory of " + block_name(owner.block_number) + " of its cluster at offset " +
+                              std::to_string(address - SHARED_START);
+    const char* const did = writes ? "writes " : "reads ";
+    if (owner.exited) fault(in, lane, did + whose + ", which has exited");
+    if (!(checks & (CHECK_UNINITIALISED | CHECK_SHARED_RACE))) return;
+    const u32 stamp = warp->arrivals[lane] + 1;
+    owner.peer_access = std::max(owner.peer_access, stamp);
+    const u32 g = program->shared_granule;
+    for (u64 i = address / g; i <= (address + bytes - 1) / g; ++i) {
+      ByteState& b = owner.shadow[i];
+      if (!writes && !(b.flags & ByteState::WRITTEN)) {
+        if (checks & CHECK_UNINITIALISED) fault(in, lane, did + whose + ", which was never written");
+      } else if (checks & CHECK_SHARED_RACE) {
+        const bool mine = b.write_rank == rank && b.write_warp == warp->index && b.write_lane == lane;
+        if (b.flags && !mine && !ordered_by_cluster(b.write_arrivals, lane))
+          fault(in, lane,
+                std::string("shared memory data race: ") + did + whose + " that " +
+                    block_name(cluster->members[b.write_rank]->block_number) +
+                    " wrote without a barrier of the cluster in between");
+        const u32 read = std::max(b.peer_read, b.own_read);
+        if (writes && read && !ordered_by_cluster(read - 1, lane))
+          fault(in, lane,
+                std::string("shared memory data race: ") + did + whose +
+                    " that another thread read without a barrier of the cluster in between");
+      }
+      if (writes) {
+        b.flags = ByteState::WRITTEN;
+        b.write_rank = (u8)rank;
+        b.write_warp = (u8)warp->index;
+        b.write_lane = (u8)lane;
+        b.write_arrivals = warp->arrivals[lane];
+        b.write_serial = 0;
+        b.read_lane = b.other_read_lane = NO_LANE;
+        b.peer_read = b.own_read = 0;
+      } else {
+        b.peer_read = std::max(b.peer_read, stamp);
+      }
+    }
+  }
   std::string who(u8 w, u8 lane) const { return lane < 32 ? thread_name(lane, &warps[w]) : "warp " + std::to_string(w); }
-  void shared_race(const Instr& in, int lane, u64 address, const char* did, u8 w, u8 l, const char* other_did) const {
+  void shared_race(const Instr& in, int lane, u64 address, const char* did, const std::string& other,
+                   const char* other_did) const {
     fault(in, lane,
           std::string("shared memory data race: ") + did + " offset " + std::to_string(address - SHARED_START) + " that " +
-              who(w, l) + " " + other_did + " without a barrier in between");
+              other + " " + other_did + " without a barrier in between");
+  }
+  void shared_race(const Instr& in, int lane, u64 address, const char* did, u8 w, u8 l, const char* other_did) const {
+    shared_race(in, lane, address, did, who(w, l), other_did);
+  }
+  u32 arrivals_of(int lane) const {  // of a whole warp, the most
+    return lane < 32 ? warp->arrivals[lane] : *std::max_element(warp->arrivals, warp->arrivals + 32);
   }
   void note_shared_read(const Instr& in, int lane, u64 address, u32 bytes, bool strong) {
     u32 g = program->shared_granule;
@@ -414,9 +513,9 @@ struct Machine {
       if (!(b.flags & ByteState::WRITTEN)) {
         if (checks & CHECK_UNINITIALISED)
           fault(in, lane, "reads shared memory at offset " + std::to_string(i * g - SHARED_START) + " that was never written");
-      } else if ((checks & CHECK_SHARED_RACE) && !(strong && (b.flags & ByteState::STRONG)) &&
-                 !ordered(b.write_warp, b.write_lane, b.write_clock, lane))
-        shared_race(in, lane, i * g, "reads", b.write_warp, b.write_lane, "wrote");
+      } else if ((checks & CHECK_SHARED_RACE) && !(strong && (b.flags & ByteState::STRONG)) && !write_ordered(b, lane))
+        shared_race(in, lane, i * g, "reads", who(b), "wrote");
+      if (cluster) b.own_read = std::max(b.own_read, arrivals_of(lane) + 1);
       u8 w = (u8)warp->index;
       if (b.read_lane != NO_LANE && b.read_warp != w) {
         b.other_read_warp = b.read_warp;
@@ -450,10 +549,12 @@ struct Machine {
               fault(in, lane,
                     "two lanes of one instruction write different values to shared offset " +
                         std::to_string(i * g - SHARED_START));
-          } else if (!ordered(b.write_warp, b.write_lane, b.write_clock, lane))
-            shared_race(in, lane, i * g, "writes", b.write_warp, b.write_lane, "wrote");
+          } else if (!write_ordered(b, lane))
+            shared_race(in, lane, i * g, "writes", who(b), "wrote");
         }
-        if (!same_value || in_flight) {
+        if (b.peer_read && (!same_value || in_flight) && !ordered_by_cluster(b.peer_read - 1, lane))
+          shared_race(in, lane, i * g, "writes", "another block of its cluster", "read");
+        if ((!same_value || in_flight) && !(b.own_read && ordered_by_cluster(b.own_read - 1, lane))) {
           if (b.read_lane != NO_LANE && !(strong && (b.flags & ByteState::STRONG)) &&
               !ordered(b.read_warp, b.read_lane, b.read_clock, lane, b.readers))
             shared_race(in, lane, i * g, "writes", b.read_warp, b.read_lane, "read");
@@ -466,6 +567,8 @@ struct Machine {
       b.write_lane = (u8)lane;
       b.write_clock = warp->clock;
       b.write_serial = serial;
+      b.write_rank = (u8)rank;
+      b.write_arrivals = arrivals_of(lane);
       if (!in_flight)
         b.flags = (u8)(ByteState::WRITTEN | (strong ? ByteState::STRONG : 0));
       else
@@ -483,6 +586,8 @@ struct Machine {
       b.write_lane = (u8)c.lane;
       b.write_clock = warp->clock;
       b.write_serial = serial;
+      b.write_rank = (u8)rank;
+      b.write_arrivals = arrivals_of((int)c.lane);
       b.read_lane = b.other_read_lane = NO_LANE;
     }
   }

@@ -30,12 +30,39 @@ class BlockRunner {
     m.random.seed(launch.seed * 0x9e3779b97f4a7c15ull + 1);
   }
 
-  void run_blocks() {
-    while (!launch_.failed) {
-      u64 i = launch_.next_block++;
-      if (i >= launch_.block_order.size()) return;
-      run_block(launch_.block_order[i]);
+  void start(u32 number) {
+    start_block(number);
+    turn_.resize(m.warps.size());
+    for (size_t i = 0; i < turn_.size(); ++i) turn_[i] = (int)i;
+    if (launch_.seed) std::shuffle(turn_.begin(), turn_.end(), m.random);
+  }
+  // A turn of every warp; false once all have left.
+  enum class Step { Done, Stuck, Moved };
+  Step step() {
+    bool alive = false, progress = false;
+    for (int i : turn_) {
+      Warp& w = m.warps[(size_t)i];
+      if (!w.live) continue;
+      alive = true;
+      u64 before = m.executed;
+      run_slice(w, launch_.seed ? 1 + (int)(m.random() & 15) : 16);
+      if (m.executed != before) progress = true;
     }
+    return !alive ? Step::Done : progress ? Step::Moved : Step::Stuck;
+  }
+  [[noreturn]] void report_deadlock() {
+    std::ostringstream out;
+    out << "kernel " << program_.kernel << ", " << m.block_name(m.block_number) << ": deadlock.";
+    for (auto& w : m.warps)
+      for (auto& g : w.groups) {
+        const Instr& in = program_.code[g.pc];
+        out << " Warp " << w.index << " lanes " << Machine::hex(g.mask) << " wait at PTX line " << in.line << " (" << *in.text
+            << ")";
+        if (g.state == Group::AtBarrier)
+          out << " barrier " << g.barrier << " with " << m.barriers[g.barrier].arrived << " threads arrived";
+        out << ".";
+      }
+    throw PtxError(out.str());
   }
 
   Machine m;
@@ -61,6 +88,8 @@ class BlockRunner {
     m.mbarriers.clear();
     m.flags.clear();
     m.serial = 0;
+    m.exited = false;
+    m.peer_access = m.most_waits = 0;
     uintptr_t aligned = ((uintptr_t)m.register_file.data() + 63) & ~(uintptr_t)63;
     for (size_t i = 0; i < m.warps.size(); ++i) {
       Warp& w = m.warps[i];
@@ -108,7 +137,21 @@ class BlockRunner {
           v = ~((2u << lane) - 1);
         else if (n == "%lanemask_ge")
           v = ~((1u << lane) - 1);
-        else if (n == "%nsmid" || n.compare(0, 9, "%cluster_") == 0 || n.compare(0, 10, "%nclusteri") == 0)
+        else if (n == "%cluster_ctarank")
+          v = m.rank;
+        else if (n == "%cluster_nctarank")
+          v = launch_.cluster[0] * launch_.cluster[1] * launch_.cluster[2];
+        else if (n.compare(0, 14, "%cluster_ctaid") == 0)
+          v = m.block_id[axis] % launch_.cluster[axis];
+        else if (n.compare(0, 15, "%cluster_nctaid") == 0)
+          v = launch_.cluster[axis];
+        else if (n.compare(0, 10, "%clusterid") == 0)
+          v = m.block_id[axis] / launch_.cluster[axis];
+        else if (n.compare(0, 11, "%nclusterid") == 0)
+          v = launch_.grid[axis] / launch_.cluster[axis];
+        else if (n == "%is_explicit_cluster")
+          v = m.cluster != nullptr;
+        else if (n == "%nsmid")
           v = 1;
         else if (n == "%dynamic_smem_size")
           v = (u32)launch_.shared_bytes;
@@ -119,27 +162,6 @@ class BlockRunner {
         else
           ((u32*)(w.registers + s.second))[lane] = v;
       }
-  }
-
-  void run_block(u32 number) {
-    start_block(number);
-    turn_.resize(m.warps.size());
-    for (size_t i = 0; i < turn_.size(); ++i) turn_[i] = (int)i;
-    if (launch_.seed) std::shuffle(turn_.begin(), turn_.end(), m.random);
-    for (;;) {
-      bool alive = false, progress = false;
-      for (int i : turn_) {
-        Warp& w = m.warps[(size_t)i];
-        if (!w.live) continue;
-        alive = true;
-        u64 before = m.executed;
-        run_slice(w, launch_.seed ? 1 + (int)(m.random() & 15) : 16);
-        if (m.executed != before) progress = true;
-      }
-      if (!alive) return;
-      if (!progress) report_deadlock();
-      if (launch_.failed) return;
-    }
   }
 
   static bool runnable(const Group& g) { return g.state == Group::Ready; }
@@ -315,6 +337,7 @@ class BlockRunner {
             save();
             drop_if_empty(w, chosen);
             for (u32 id = 0; id < 16; ++id) complete_barrier(id);
+            if (m.cluster) complete_cluster_barrier();
             m.warp = &w;
             m.base[0] = w.registers;
             goto next_group;
@@ -383,6 +406,38 @@ class BlockRunner {
               }
             if (--quantum <= 0) return;
             goto next_group;
+          }
+          case Flow::ClusterArrive:
+            for (u32 left = lanes; left; left &= left - 1) {
+              int lane = __builtin_ctz(left);
+              if (w.arrivals[lane]++ != w.waits[lane])
+                m.fault(in, lane, "arrives twice at a barrier of the cluster without waiting for it");
+            }
+            if (m.cluster) complete_cluster_barrier();
+            ++pc;
+            break;
+          case Flow::ClusterWait: {
+            bool waits = false;
+            for (u32 left = lanes; left; left &= left - 1) {
+              int lane = __builtin_ctz(left);
+              if (w.arrivals[lane] == w.waits[lane])
+                m.fault(in, lane, "waits for a barrier of the cluster that it has not arrived at");
+              waits = waits || (m.cluster && w.arrivals[lane] > m.cluster->completed);
+            }
+            if (waits) {
+              c.warp--;
+              m.executed--;
+              c.thread -= (u32)__builtin_popcount(lanes);
+              save();
+              w.groups[(size_t)chosen].state = Group::AtClusterBarrier;
+              goto next_group;
+            }
+            for (u32 left = lanes; left; left &= left - 1) {
+              int lane = __builtin_ctz(left);
+              m.most_waits = std::max(m.most_waits, ++w.waits[lane]);
+            }
+            ++pc;
+            break;
           }
           case Flow::Barrier: {
             if (!lanes) {
@@ -496,8 +551,28 @@ class BlockRunner {
     }
     b = BarrierState{};
   }
-  void leave(Warp& w, const Instr&, u32 lanes) {
+  // Done once every thread of the cluster has arrived, or has left the kernel.
+  void complete_cluster_barrier() {
+    Cluster& cluster = *m.cluster;
+    for (Machine* member : cluster.members)
+      for (auto& w : member->warps)
+        for (u32 left = w.live; left; left &= left - 1)
+          if (w.arrivals[__builtin_ctz(left)] <= cluster.completed) return;
+    ++cluster.completed;
+    for (Machine* member : cluster.members)
+      for (auto& w : member->warps)
+        for (auto& g : w.groups)
+          if (g.state == Group::AtClusterBarrier) g.state = Group::Ready;
+  }
+  void leave(Warp& w, const Instr& in, u32 lanes) {
     w.live &= ~lanes;
+    m.exited = true;
+    for (auto& other : m.warps) m.exited = m.exited && !other.live;
+    if (m.exited && m.peer_access > m.most_waits)
+      m.fault(
+          in, __builtin_ctz(lanes),
+          "this block exits while another one of its cluster may still access its shared memory: there is no barrier of the "
+          "cluster in between");
     if ((m.checks & CHECK_CONVERGENCE) && !(launch_.checks & ALLOW_EARLY_EXIT))
       for (auto& g : w.groups)
         if (g.state == Group::AtBarrier && program_.code[g.pc].aligned)
@@ -507,21 +582,6 @@ class BlockRunner {
     for (auto& g : w.groups)
       if (g.state == Group::AtWarpSync || g.state == Group::AtWarpBarrier) g.state = Group::Ready;
   }
-  [[noreturn]] void report_deadlock() {
-    std::ostringstream out;
-    out << "kernel " << program_.kernel << ", " << m.block_name(m.block_number) << ": deadlock.";
-    for (auto& w : m.warps)
-      for (auto& g : w.groups) {
-        const Instr& in = program_.code[g.pc];
-        out << " Warp " << w.index << " lanes " << Machine::hex(g.mask) << " wait at PTX line " << in.line << " (" << *in.text
-            << ")";
-        if (g.state == Group::AtBarrier)
-          out << " barrier " << g.barrier << " with " << m.barriers[g.barrier].arrived << " threads arrived";
-        out << ".";
-      }
-    throw PtxError(out.str());
-  }
-
   // ---- printf and assert --------------------------------------------------
   const char* generic_pointer(const Instr& in, int lane, u64 a) {
     if (a >> 56 == 2) {
@@ -598,6 +658,37 @@ class BlockRunner {
 };
 
 // ---- JSON ---------------------------------------------------------------------
+// Runs block after block, or cluster after cluster with a runner for each of its blocks.
+void run_blocks(Launch& launch, const std::vector<BlockRunner*>& runners, Cluster& cluster) {
+  const u32* size = launch.cluster;
+  for (u64 next; !launch.failed && (next = launch.next_block++) < launch.block_order.size();) {
+    const u32 number = launch.block_order[next], across = launch.grid[0] / size[0], down = launch.grid[1] / size[1];
+    const u32 first[3] = {number % across * size[0], number / across % down * size[1], number / across / down * size[2]};
+    cluster.completed = 0;
+    for (u32 rank = 0; rank < runners.size(); ++rank) {
+      const u32 x = first[0] + rank % size[0], y = first[1] + rank / size[0] % size[1], z = first[2] + rank / size[0] / size[1];
+      runners[rank]->start((z * launch.grid[1] + y) * launch.grid[0] + x);
+    }
+    std::mt19937_64& random = runners[0]->m.random;
+    for (bool running = true; running && !launch.failed;) {
+      bool moved = false;
+      BlockRunner* stuck = nullptr;
+      running = false;
+      for (BlockRunner* runner : runners) {
+        if (launch.seed && runners.size() > 1 && random() % 2) {  // another order, and some get ahead of others
+          running = moved = true;
+          continue;
+        }
+        const BlockRunner::Step step = runner->step();
+        running = running || step != BlockRunner::Step::Done;
+        moved = moved || step == BlockRunner::Step::Moved;
+        if (step == BlockRunner::Step::Stuck) stuck = runner;
+      }
+      if (stuck && !moved) stuck->report_deadlock();
+    }
+  }
+}
+
 std::string quoted(const std::string& s) {
   std::string out = "\"";
   for (unsigned char c : s) {
@@ -676,7 +767,7 @@ struct RegionArgument {
   const char* name;
 };
 struct LaunchArguments {
-  u32 grid[3], block[3];
+  u32 grid[3], block[3], cluster[3];
   u64 shared_bytes, seed, instruction_limit;
   const u8* params;
   const RegionArgument* regions;
@@ -727,20 +818,36 @@ std::string run_launch(LoadedModule& lm, const std::string& kernel, const Launch
   launch.seed = a.seed;
   launch.instruction_limit = a.instruction_limit;
   collect_regions(launch, a, lm);
-  u64 blocks = (u64)a.grid[0] * a.grid[1] * a.grid[2];
-  for (u64 i = 0; i < blocks; ++i) launch.block_order.push_back((u32)i);
+  u64 blocks = (u64)a.grid[0] * a.grid[1] * a.grid[2], together = 1;
+  for (int i = 0; i < 3; ++i) {
+    launch.cluster[i] = a.cluster[i];
+    together *= a.cluster[i];
+    if (!a.cluster[i] || a.grid[i] % a.cluster[i]) throw PtxError("the grid is not a multiple of the cluster");
+  }
+  if (together > MAX_CLUSTER) throw PtxError("more than " + std::to_string(MAX_CLUSTER) + " blocks in a cluster");
+  for (u64 i = 0; i < blocks / together; ++i) launch.block_order.push_back((u32)i);
   if (a.seed) {
     std::mt19937_64 r(a.seed);
     std::shuffle(launch.block_order.begin(), launch.block_order.end(), r);
   }
-  u32 hosts = std::max<u32>(1, std::min<u64>(a.host_threads, blocks));
+  u32 hosts = std::max<u32>(1, std::min<u64>(a.host_threads, blocks / together));
   launch.threaded = hosts > 1;
   std::vector<std::unique_ptr<BlockRunner>> runners;
   std::vector<std::string> errors(hosts);
-  for (u32 i = 0; i < hosts; ++i) runners.push_back(std::make_unique<BlockRunner>(launch));
+  std::vector<std::vector<BlockRunner*>> of_host(hosts);
+  std::vector<Cluster> clusters(hosts);
+  for (u32 i = 0; i < hosts; ++i)
+    for (u32 rank = 0; rank < together; ++rank) {
+      runners.push_back(std::make_unique<BlockRunner>(launch));
+      Machine& m = runners.back()->m;
+      of_host[i].push_back(runners.back().get());
+      clusters[i].members.push_back(&m);
+      m.rank = rank;
+      if (together > 1) m.cluster = &clusters[i];
+    }
   auto work = [&](u32 i) {
     try {
-      runners[i]->run_blocks();
+      run_blocks(launch, of_host[i], clusters[i]);
     } catch (std::exception& e) {
       errors[i] = e.what();
       launch.failed = true;
