@@ -76,7 +76,9 @@ auto squared_singular_values(V* q, V* e, int64_t size, V* values) {
       d = d * ratio - shift;
     }
     next_q[k - 1] = d;
-    const auto running = found<T(k - 2), late = least> zero, good = late & (d >= zero) & running;
+    const auto running = found < T(k - 2);
+    const auto late = least > zero;
+    const auto good = late & (d >= zero) & running;
     if (any(running & ~good)) {
       for (int64_t i = first; i < k; ++i) next_q[i] = select(good, next_q[i], q[i]);
       for (int64_t i = first; i < k - 1; ++i) next_e[i] = select(good, next_e[i], e[i]);
