@@ -20,8 +20,8 @@ RMM_DECLARE_KERNEL(void compress(const CompressArgs& args, int64_t begin, int64_
 
 namespace RMM_ISA {
 
-// Groups of positions, one per lane, each loaded, centred and written by itself, but factored in pairs; of two pairs the
-// singular values are found abreast. Where a group takes megabytes, the second pair is left empty.
+// Groups of positions, one per lane, four at a time: each loaded, centred and written by itself, but factored in pairs, and of
+// both pairs the singular values are found abreast.
 template <class T>
 class Compressor {
  public:
@@ -38,11 +38,10 @@ class Compressor {
         rows_(tall_ ? r_ : columns_),
         task_(r_ | 1),
         jacobi_(k_),
-        abreast_(n_ * r_ <= 65536 ? 4 : 2),
         values_room_(5 * k_),
         found_(values_room_.take(5 * k_)),
-        wide_scratch_(2 * (columns_ * r_ + k_ * k_ + 12 * k_ + live_ * (k_ + 1) + p_ * r_)),
-        scratch_(4 * (n_ * task_ + r_) + k_ * k_ + 3 * k_ + p_ * r_ + p_),
+        wide_scratch_(kGroups / 2 * (columns_ * r_ + k_ * k_ + 12 * k_ + live_ * (k_ + 1) + p_ * r_)),
+        scratch_(kGroups * (n_ * task_ + r_) + k_ * k_ + 3 * k_ + p_ * r_ + p_),
         core_(scratch_.take(k_ * k_)),
         norms_(scratch_.take(k_)),
         energy_(scratch_.take(k_)),
@@ -59,7 +58,6 @@ class Compressor {
       pair.vectors = wide_scratch_.take(live_ * k_);
       pair.kept = wide_scratch_.take(live_);
       pair.u = wide_scratch_.take(p_ * r_);
-      for (int64_t i = 0; i < k_ * k_; ++i) pair.core[i] = Wide{};
     }
     for (Group& group : groups_) {
       group.x = scratch_.take(n_ * task_);
@@ -67,12 +65,11 @@ class Compressor {
     }
   }
 
-  // How many groups are taken at a time.
-  int abreast() const { return abreast_; }
+  static constexpr int kGroups = 4;
 
-  // The groups from position `first` on, up to abreast() of them.
+  // The groups from position `first` on, up to kGroups of them.
   void groups(int64_t first, int count) {
-    for (int g = 0; g < abreast_; ++g) {
+    for (int g = 0; g < kGroups; ++g) {
       Group& group = groups_[g];
       group.first = first + g * kLanes<T>;
       const int64_t left = g < count ? positions_ - group.first : 0;
@@ -84,9 +81,9 @@ class Compressor {
         for (int64_t i = 0; i < columns_ * r_; ++i) of_group(&GroupPair::y, g, i) = Vec<T>{};
       }
     }
-    for (int i = 0; i < abreast_ / 2; ++i) householder(pairs_[i].y, rows_, k_, pairs_[i].tau, pairs_[i].diagonal);
+    for (GroupPair& pair : pairs_) householder(pair.y, rows_, k_, pair.tau, pair.diagonal);
     decompose();
-    for (int i = 0; i < abreast_ / 2; ++i) components(pairs_[i]);
+    for (GroupPair& pair : pairs_) components(pair);
     for (int g = 0; g < count; ++g) write(groups_[g], g);
   }
 
@@ -176,7 +173,7 @@ class Compressor {
   Mask<T> centre_tasks(Group& group, int g) {
     const int64_t n = N ? N : n_, step = N ? 1 : task_;
     const View &in = args_.x, &basis = args_.basis, &coeff = args_.coeff;
-    const int64_t later = group.first + abreast_ * kLanes<T>;
+    const int64_t later = group.first + kGroups * kLanes<T>;
     const bool more = later + kLanes<T> <= positions_;
     const TileLines read(in, in.at(0, later), more ? n : 0, kLanes<T>, in.stride[1], r_, in.stride[2]);
     const TileLines write(basis, basis.at(0, group.first), more ? p_ + 1 : 0, kLanes<T>, basis.stride[1], r_, basis.stride[2]);
@@ -235,8 +232,8 @@ class Compressor {
     if (k_ == 0) return;
     PairMask<Mask<T>> good[2] = {};
     if (k_ >= kBidiagonal) {
-      for (int i = 0; i < abreast_ / 2; ++i) {
-        each_of_core(pairs_[i], [&](int64_t at, const Wide& entry) { pairs_[i].core[at] = entry; });
+      for (GroupPair& pair : pairs_) {
+        each_of_core(pair, [&](int64_t at, const Wide& entry) { pair.core[at] = entry; });
       }
       Bidiagonal<Wide> cores[2] = {{pairs_[0].core, k_, pairs_[0].room}, {pairs_[1].core, k_, pairs_[1].room}};
       Wide* const values[2] = {pairs_[0].values, pairs_[1].values};
@@ -244,7 +241,7 @@ class Compressor {
       Wide* const kept[2] = {pairs_[0].kept, pairs_[1].kept};
       decompose_two_of<kBidiagonal>(cores, live_, values, vectors, kept, good, found_);
     }
-    for (int g = 0; g < abreast_; ++g) {
+    for (int g = 0; g < kGroups; ++g) {
       const Mask<T> bad = ~(g % 2 ? good[g / 2].high : good[g / 2].low);
       if (groups_[g].lanes > 0 && any<T>(bad)) decompose_jacobi(g, bad);
     }
@@ -358,20 +355,19 @@ class Compressor {
   const int64_t rows_,
       task_;  // task_: from one task's vector to the next in x, odd, so that they do not share a place in the cache
   const Jacobi<T> jacobi_;
-  const int abreast_;
   Scratch<Pair<Wide>> values_room_;
   Pair<Wide>* const found_;
   Scratch<Wide> wide_scratch_;
   Scratch<Vec<T>> scratch_;
   Vec<T>*core_, *norms_, *energy_, *kept_, *u_, *c_;  // of one group
-  GroupPair pairs_[2];
-  Group groups_[4];
+  GroupPair pairs_[kGroups / 2];
+  Group groups_[kGroups];
 };
 
 template <class T>
 void compress_groups(const CompressArgs& args, int64_t begin, int64_t end) {
   Compressor<T> compressor(args);
-  const int most = compressor.abreast();
+  constexpr int most = Compressor<T>::kGroups;
   for (int64_t group = begin; group < end; group += most) {
     compressor.groups(group * kLanes<T>, end - group < most ? static_cast<int>(end - group) : most);
   }
