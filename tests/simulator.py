@@ -116,9 +116,9 @@ class Simulated:
             return 1
         return 0
 
-    def device(self, capability: int, shared_bytes: int) -> None:
+    def device(self, arch: int, shared_bytes: int) -> None:
         """What launch.h's device() says from now on; at first an A100's, 80 and 163 KiB."""
-        self.library.rmm_simulated_device(capability, shared_bytes)
+        self.library.rmm_simulated_device(arch, shared_bytes)
 
 
 @cache

@@ -124,17 +124,20 @@ def test_tensor_cores_and_asynchronous_copies(kernel: str) -> None:
 
 
 def test_loads_beside_a_torch_without_cuda() -> None:
-    """It needs nothing that such a torch lacks; and says what it was built for where a device's arch is another."""
+    """It needs nothing that such a torch lacks; and says what it was built for where that does not fit, and what runs where."""
     code = (
         f"import sys, torch; sys.path.insert(0, {str(LIBRARIES[0].parent)!r})\n"
         "torch.library.Library('rmm_kernels', 'FRAGMENT')\n"
         "import _cuda\n"
-        "print(_cuda.archs); print(_cuda.wrong_arch(7, 5))"
+        "print(_cuda.archs); print(_cuda.wrong_arch(7, 5))\n"
+        "built = ['8.0, 9.0, 10.0, 12.0+PTX'] * 4 + ['8.0+PTX', '9.0']\n"
+        "print([_cuda.newest_for(archs, device) for archs, device in zip(built, (75, 89, 90, 103, 90, 80))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    archs, message = done.stdout.strip().splitlines()
+    archs, message, newest = done.stdout.strip().splitlines()
     assert f"built for archs {archs}; this device has arch 7.5" in message
+    assert newest == "[0, 80, 90, 100, 80, 0]", "a launch must not ask for what the code it runs was not compiled with"
 
 
 def test_the_report_says_why_it_does_not_serve() -> None:

@@ -35,7 +35,7 @@ inline unsigned blocks(int64_t count, int64_t each) {
 
 // What a device can do, as far as launches depend on it.
 struct Device {
-  int capability;    // 80 is sm_80
+  int arch;          // 80 is sm_80: that of the code which runs there, which may be older than the device
   int shared_bytes;  // shared memory a block may have at most
 };
 
@@ -54,6 +54,7 @@ extern Callback callback;
 extern Device device;
 #else
 std::string explain(cudaError_t error);  // with the built and the present arch where those do not fit
+int built_for(int capability);           // the arch of the code that runs on such a device
 
 // libtorch_cuda's aoti_torch_get_current_cuda_stream, which every version has. Looked up, since this library is linked where
 // torch may have no CUDA, and torch loads its own libraries where the linker does not look.
@@ -106,7 +107,7 @@ class Queue {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index_);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_);
     STD_TORCH_CHECK(error == cudaSuccess, detail::explain(error));
-    return {10 * major + minor, shared};
+    return {detail::built_for(10 * major + minor), shared};
 #endif
   }
 

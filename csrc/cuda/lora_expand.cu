@@ -416,7 +416,7 @@ void launch_expand(const Queue& queue, ExpandArgs args) {
   const int64_t positions = blocks(args.width, kWarps / args.token_warps * 8 * kPack<T>);
   Grid grid{blocks(positions * args.token_blocks, 1), kWarps * kWarp, kWarps * kExpandRoom<T, Many> * sizeof(uint4)};
 #ifdef RMM_PDL
-  grid.dependent = queue.device().capability >= 90;
+  grid.dependent = queue.device().arch >= 90;
 #endif
   queue.launch(grid, lora_expand_kernel<T, Many>, args);
 }

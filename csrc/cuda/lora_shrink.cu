@@ -298,7 +298,7 @@ Tensor run_shrink(Queue& queue, const Tensor& like, const View& x, const View& b
   const int64_t chunks = (width + chunk - 1) / chunk, slice = std::max<int64_t>(1, (chunks + most - 1) / most) * warps;
   const int64_t slices = std::max<int64_t>(1, (chunks + slice - 1) / slice);
   int cluster = 1;
-  while (queue.device().capability >= 90 && cluster < kTogether && cluster < slices) cluster *= 2;
+  while (queue.device().arch >= 90 && cluster < kTogether && cluster < slices) cluster *= 2;
   const int64_t groups = (slices + cluster - 1) / cluster;
   const Tensor sums = torch::stable::new_empty(like, {groups, tokens, ranks}, ScalarType::Float);
   queue.touches(sums);

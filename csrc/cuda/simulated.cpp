@@ -21,7 +21,7 @@ extern "C" {
 
 void rmm_simulate(rmm::detail::Callback callback) { rmm::detail::callback = callback; }
 
-void rmm_simulated_device(int capability, int shared_bytes) { rmm::detail::device = {capability, shared_bytes}; }
+void rmm_simulated_device(int arch, int shared_bytes) { rmm::detail::device = {arch, shared_bytes}; }
 
 const char* rmm_kernel_name(const void* kernel) { return rmm::detail::names().at(kernel); }
 
