@@ -1,6 +1,6 @@
-// Singular values and leading left singular vectors of a square matrix per lane, without iterating on its vectors: Householder
-// bidiagonalisation, the squared singular values by dqds, each vector from a twisted factorisation. Where a lane's vectors do
-// not pass the checks, because singular values all but coincide, Jacobi is to do it (jacobi.h).
+// Squared singular values and leading right singular vectors of a matrix per lane, at least as tall as wide, without iterating
+// on its vectors: Householder bidiagonalisation, the squared singular values by dqds, each vector from a twisted factorisation.
+// Where a lane's vectors do not pass the checks, because singular values all but coincide, Jacobi is to do it (jacobi.h).
 //
 // dqds: Fernando and Parlett, Accurate singular values and differential qd algorithms (1994). Twisted factorisations: Dhillon
 // and Parlett, Multiple representations to compute orthogonal eigenvectors of symmetric tridiagonal matrices (2004).
@@ -13,35 +13,138 @@
 namespace rmm {
 namespace RMM_ISA {
 
-// A [k, k] = U B Vᵀ in place, B with `diagonal` and, above it, `upper`. Column j then holds the Householder vector of U from
-// row j on; H_j = I − tau[j] v_j v_jᵀ. `room` is for 2 k.
-template <int K, class V>
-void bidiagonalise(V* a, int64_t size, V* tau, V* diagonal, V* upper, V* room) {
-  const int64_t k = K ? K : size;
-  V *const row = room, *const along = room + k;
-  for (int64_t j = 0; j < k; ++j) {
-    const int64_t rest = k - j - 1;
-    V* const column = a + j * k + j;
-    const Reflector<V> left = reflector(column, rest + 1);
-    tau[j] = left.tau;
-    diagonal[j] = left.diagonal;
-    reflect(column, left.tau, rest + 1, column + k, k, rest);
-    if (rest == 0) break;
-    for (int64_t c = 0; c < rest; ++c) row[c] = column[(1 + c) * k];
-    if (rest == 1) {
-      upper[j] = row[0];
-      continue;
+// What is done to whole matrices goes by the single vectors of a V, several columns or rows of them at once: then most operands
+// are in registers. Part is such a vector, and `step` tells how many of them make a V.
+template <class V>
+struct Parts {
+  using Part = V;
+  static constexpr int step = 1;
+};
+template <class V>
+struct Parts<Pair<V>> {
+  using Part = V;
+  static constexpr int step = 2;
+};
+template <class V>
+using Part = typename Parts<V>::Part;
+template <class V>
+RMM_INLINE Part<V>* part(V* v, int index) {
+  return reinterpret_cast<Part<V>*>(v) + index;
+}
+template <class V>
+RMM_INLINE const Part<V>* part(const V* v, int index) {
+  return reinterpret_cast<const Part<V>*>(v) + index;
+}
+
+// body(first, N) for `count` in fours, N = 4, and for the rest of them.
+template <class Body>
+RMM_INLINE void in_fours(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) body(i, std::integral_constant<int, 4>{});
+  if (count - i == 3) body(i, std::integral_constant<int, 3>{});
+  if (count - i == 2) body(i, std::integral_constant<int, 2>{});
+  if (count - i == 1) body(i, std::integral_constant<int, 1>{});
+}
+
+// out[c] = v · columns[c], rows ≥ 1.
+template <int N, int Step, class V>
+RMM_INLINE void dots_with(const V* v, const V* columns, int64_t stride, int64_t rows, V* out) {
+  V even[N], odd[N];
+  for (int c = 0; c < N; ++c) even[c] = v[0] * columns[c * stride * Step];
+  for (int c = 0; c < N; ++c) odd[c] = rows > 1 ? v[Step] * columns[(c * stride + 1) * Step] : V{};
+  int64_t i = 2;
+  for (; i + 2 <= rows; i += 2) {
+    const V first = v[i * Step], second = v[(i + 1) * Step];
+    for (int c = 0; c < N; ++c) even[c] += first * columns[(c * stride + i) * Step];
+    for (int c = 0; c < N; ++c) odd[c] += second * columns[(c * stride + i + 1) * Step];
+  }
+  if (i < rows) {
+    for (int c = 0; c < N; ++c) even[c] += v[i * Step] * columns[(c * stride + i) * Step];
+  }
+  for (int c = 0; c < N; ++c) out[c * Step] = even[c] + odd[c];
+}
+
+// out[i] = Σ_c columns[c][i] row[c], cols ≥ 1.
+template <int N, int Step, class V>
+RMM_INLINE void product_with(const V* row, const V* columns, int64_t stride, int64_t cols, V* out) {
+  V sum[N];
+  for (int i = 0; i < N; ++i) sum[i] = columns[i * Step] * row[0];
+  for (int64_t c = 1; c < cols; ++c) {
+    const V factor = row[c * Step];
+    for (int i = 0; i < N; ++i) sum[i] += columns[(c * stride + i) * Step] * factor;
+  }
+  for (int i = 0; i < N; ++i) out[i * Step] = sum[i];
+}
+
+// out = columns · row, whole vectors of V.
+template <class V>
+RMM_INLINE void product(const V* row, const V* columns, int64_t stride, int64_t rows, int64_t cols, V* out) {
+  constexpr int step = Parts<V>::step;
+  for (int h = 0; h < step; ++h) {
+    in_fours(rows, [&](int64_t i, auto n) {
+      product_with<n, step>(part(row, h), part(columns + i, h), stride, cols, part(out + i, h));
+    });
+  }
+}
+
+// columns[c] −= v · across[c] + along · row[c].
+template <int N, int Step, class V>
+RMM_INLINE void subtract_both(V* columns, int64_t stride, int64_t rows, const V* v, const V* across, const V* along,
+                              const V* row) {
+  V of_v[N], of_along[N];
+  for (int c = 0; c < N; ++c) {
+    of_v[c] = across[c * Step];
+    of_along[c] = row[c * Step];
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const V vi = v[i * Step], along_i = along[i * Step];
+    for (int c = 0; c < N; ++c) {
+      V& entry = columns[(c * stride + i) * Step];
+      entry = (entry - vi * of_v[c]) - along_i * of_along[c];
     }
-    const Reflector<V> right = reflector(row, rest);
-    upper[j] = right.diagonal;
-    V* const block = column + k + 1;
-    for (int64_t i = 0; i < rest; ++i) along[i] = block[i] * row[0];
-    for (int64_t c = 1; c < rest; ++c) {
-      for (int64_t i = 0; i < rest; ++i) along[i] += block[c * k + i] * row[c];
+  }
+}
+
+// A [rows, k] = U B Vᵀ, rows ≥ k, B with `diagonal` and, above it, `upper`. Row j of `right` [k][k] then holds from column
+// j + 1 on the Householder vector y of V's G_j = I − tau[j] y yᵀ, V = G_0 G_1 …; A is overwritten. `room` is for k + rows.
+//
+// A column's reflection and its row's change the rest of A together, in one pass.
+template <int K, class V>
+void bidiagonalise(V* a, int64_t rows, int64_t size, V* right, V* tau, V* diagonal, V* upper, V* room) {
+  constexpr int step = Parts<V>::step;
+  const int64_t k = K ? K : size;
+  V *const across = room, *const along = room + k;
+  for (int64_t j = 0; j < k; ++j) {
+    const int64_t rest = k - j - 1, length = rows - j;
+    V *const v = a + j * rows + j, *const block = v + rows, *const row = right + j * k + j + 1;
+    const Reflector<V> left = reflector(v, length);
+    diagonal[j] = left.diagonal;
+    if (rest == 0) break;
+    for (int h = 0; h < step; ++h) {
+      in_fours(rest, [&](int64_t c, auto n) {
+        dots_with<n, step>(part(v, h), part(block + c * rows, h), rows, length, part(across + c, h));
+      });
     }
     for (int64_t c = 0; c < rest; ++c) {
-      const V step = right.tau * row[c];
-      for (int64_t i = 0; i < rest; ++i) block[c * k + i] -= along[i] * step;
+      across[c] *= left.tau;
+      row[c] = block[c * rows] - v[0] * across[c];
+    }
+    if (rest == 1) {
+      upper[j] = row[0];
+      for (int64_t i = 1; i < length; ++i) block[i] -= v[i] * across[0];
+      continue;
+    }
+    const Reflector<V> turn = reflector(row, rest);
+    tau[j] = turn.tau;
+    upper[j] = turn.diagonal;
+    const V less = dot(across, row, rest);
+    product(row, block + 1, rows, length - 1, rest, along);
+    for (int64_t i = 0; i < length - 1; ++i) along[i] = turn.tau * (along[i] - v[1 + i] * less);
+    for (int h = 0; h < step; ++h) {
+      in_fours(rest, [&](int64_t c, auto n) {
+        subtract_both<n, step>(part(block + c * rows + 1, h), rows, length - 1, part(v + 1, h), part(across + c, h),
+                               part(along, h), part(row + c, h));
+      });
     }
   }
 }
@@ -147,52 +250,52 @@ auto squared_singular_values(V* q, V* e, int64_t size, V* values) {
   return found == T(k - 2);
 }
 
-// vectors [count][k]: eigenvectors of B Bᵀ to its largest eigenvalues, values[c], of norm 1; kept[c] is 1, or 0 where σ_c is
-// negligible, and the vector 0. q and e are B's squared entries, product[i] = B[i+1, i+1] B[i, i+1]. Returns the lanes in which
-// all are eigenvectors. `room` is for 3 k.
+// vectors [count][k]: eigenvectors of Bᵀ B to its largest eigenvalues, values[c], of norm 1; kept[c] is 1, or 0 where σ_c is at
+// most negligible · σ_0, and the vector 0. q and e are B's squared entries, product[i] = B[i, i] B[i, i+1]. Returns the lanes
+// in which all are eigenvectors. `room` is for 3 k.
 template <int K, class V>
 auto bidiagonal_vectors(const V* q, const V* e, const V* product, int64_t size, const V* values, int64_t count, V* vectors,
-                        V* kept, V* room) {
+                        V* kept, Scalar<V> negligible, V* room) {
   using T = Scalar<V>;
   const int64_t k = K ? K : size;
-  const T limit = Bits<T>::deficient * Bits<T>::deficient;
+  const T limit = negligible * negligible;
   const V zero{}, one = splat_as<V>(1);
-  V *const below = room, *const down = room + k, *const up = room + 2 * k;
+  V *const above = room, *const down = room + k, *const up = room + 2 * k;
   auto good = zero >= zero;
   for (int64_t c = 0; c < count; ++c) {
     const V value = values[c];
     const auto live = (value > limit * values[0]) & (value > zero);
     kept[c] = select(live, one, zero);
-    // B Bᵀ − λ is factored from the bottom and from the top. z solves both, but in the row where they meet: best in that with
+    // Bᵀ B − λ is factored from the top and from the bottom. z solves both, but in the row where they meet: best in that with
     // the least rest, gamma.
     V rest = -value;
-    for (int64_t i = k - 1; i > 0; --i) {
-      below[i] = rest;
+    for (int64_t i = 0; i < k - 1; ++i) {
+      above[i] = rest;
       const V inverse = T(1) / (rest + q[i]);
-      down[i] = product[i - 1] * inverse;
-      rest = (e[i - 1] * inverse) * rest - value;
+      up[i] = product[i] * inverse;
+      rest = (e[i] * inverse) * rest - value;
     }
-    V above = q[0] - value, gamma = abs(rest + q[0]), twist{};
-    for (int64_t i = 1; i < k; ++i) {
-      const V inverse = T(1) / (above + e[i - 1]);
-      up[i - 1] = product[i - 1] * inverse;
-      above = (q[i] * inverse) * above - value;
-      const V here = abs(below[i] + (above + value));
+    V below = q[k - 1] - value, gamma = abs(rest + q[k - 1]), twist = splat_as<V>(T(k - 1));
+    for (int64_t i = k - 2; i >= 0; --i) {
+      const V inverse = T(1) / (below + e[i]);
+      down[i] = product[i] * inverse;
+      below = (q[i] * inverse) * below - value;
+      const V here = abs(above[i] + (below + value));
       const auto less = here < gamma;
       gamma = select(less, here, gamma);
       twist = select(less, splat_as<V>(T(i)), twist);
     }
     V* const z = vectors + c * k;
     V entry{}, square{};
-    for (int64_t i = 0; i < k; ++i) {
-      entry = i == 0 ? one : select(twist == T(i), one, -down[i] * entry);
+    for (int64_t i = k - 1; i >= 0; --i) {
+      entry = i == k - 1 ? one : select(twist == T(i), one, -up[i] * entry);
       z[i] = entry;
     }
     entry = one;
-    square = z[k - 1] * z[k - 1];
-    for (int64_t i = k - 2; i >= 0; --i) {
-      entry = select(twist == T(i), one, -up[i] * entry);
-      z[i] = select(twist > T(i), entry, z[i]);
+    square = z[0] * z[0];
+    for (int64_t i = 1; i < k; ++i) {
+      entry = select(twist == T(i), one, -down[i - 1] * entry);
+      z[i] = select(twist < T(i), entry, z[i]);
       square += z[i] * z[i];
     }
     good &= ~live | (gamma <= T(8) * Bits<T>::epsilon * T(k) * value * square);
@@ -202,13 +305,13 @@ auto bidiagonal_vectors(const V* q, const V* e, const V* product, int64_t size, 
   return good;
 }
 
-// Makes vectors [count][k] of norm 1 orthogonal, each to those before it, and completes them where kept is 0. Returns the lanes
-// in which they all but were.
-template <class V>
-auto orthogonalise_kept(V* vectors, int64_t k, int64_t count, const V* kept) {
+// Makes vectors [count][k] of norm 1, or 0, orthogonal, each to those before it. Returns the lanes in which they all but were.
+template <int K, class V>
+auto orthogonalise(V* vectors, int64_t size, int64_t count) {
   using T = Scalar<V>;
+  const int64_t k = K ? K : size;
   auto good = V{} >= V{};
-  for (int64_t c = 0; c < count; ++c) {
+  for (int64_t c = 1; c < count; ++c) {
     V* const vector = vectors + c * k;
     for (int64_t b = 0; b < c; ++b) {
       const V* const before = vectors + b * k;
@@ -216,60 +319,91 @@ auto orthogonalise_kept(V* vectors, int64_t k, int64_t count, const V* kept) {
       good &= abs(along) <= T(0.01);
       for (int64_t i = 0; i < k; ++i) vector[i] -= along * before[i];
     }
-    polish_norm(vector, k);
-    const auto dead = kept[c] == T(0);
-    if (any(dead)) complete(vectors, k, c, dead);
   }
   return good;
 }
 
-// A core [k, k], whose largest entry is not far from 1, as a bidiagonal matrix, on the way to its left singular vectors. `room`
-// is for 9 k.
+// A matrix [rows, k], rows ≥ k, whose largest entry is not far from 1, as a bidiagonal one, on the way to its right singular
+// vectors. It is overwritten. `room`, for k² + 6 k, keeps what it becomes; `work`, for 3 k + rows, is free between calls.
 template <class V>
 struct Bidiagonal {
-  Bidiagonal(V* core, int64_t k, V* room)
-      : core(core), k(k), tau(room), q(room + k), e(room + 2 * k), product(room + 3 * k), room(room + 4 * k) {}
+  Bidiagonal(V* matrix, int64_t rows, int64_t k, V* room, V* work)
+      : matrix(matrix),
+        rows(rows),
+        k(k),
+        right(room),
+        tau(right + k * k),
+        diagonal(tau + k),
+        upper(diagonal + k),
+        q(upper + k),
+        e(q + k),
+        products(e + k),
+        work(work) {}
 
   template <int K>
   void factor() {
     using T = Scalar<V>;
-    V *const diagonal = room, *const upper = diagonal + k;
-    bidiagonalise<K>(core, k, tau, diagonal, upper, upper + k);
-    for (int64_t i = 0; i < k; ++i) {  // no zeros on the diagonal: so far down, they are rounding anyway
-      diagonal[i] = select(abs(diagonal[i]) > Bits<T>::zero, diagonal[i], splat_as<V>(Bits<T>::zero));
-      q[i] = diagonal[i] * diagonal[i];
-      if (i == 0) continue;
-      e[i - 1] = upper[i - 1] * upper[i - 1];
-      product[i - 1] = diagonal[i] * upper[i - 1];
+    int64_t length = rows;
+    if (rows >= 3 * k && k > 3) {
+      triangular();
+      length = k;
+    }
+    bidiagonalise<K>(matrix, length, k, right, tau, diagonal, upper, work);
+    for (int64_t i = 0; i < k; ++i) {  // no zeros for qd: so far down, they are rounding anyway
+      const V safe = select(abs(diagonal[i]) > Bits<T>::zero, diagonal[i], splat_as<V>(Bits<T>::zero));
+      q[i] = safe * safe;
+      if (i + 1 == k) break;
+      e[i] = upper[i] * upper[i];
+      products[i] = safe * upper[i];
     }
   }
 
-  // vectors [count][k], kept [count] as above, to values [k].
+  // The matrix becomes R [k, k] of its QR, which where it is much taller than wide is less work than B.
+  void triangular() {
+    householder(matrix, rows, k, tau, diagonal);
+    for (int64_t c = 0; c < k; ++c) {
+      for (int64_t i = 0; i < k; ++i) {
+        matrix[c * k + i] = i < c ? matrix[c * rows + i] : i == c ? diagonal[c] : V{};
+      }
+    }
+  }
+
+  // Right singular vectors of B to `values`: vectors [count][k], kept [count] as above.
   template <int K>
-  auto vectors(const V* values, int64_t count, V* vectors, V* kept) {
-    auto good = bidiagonal_vectors<K>(q, e, product, k, values, count, vectors, kept, room);
-    apply_q(core, tau, k, k, vectors, count);
-    good &= orthogonalise_kept(vectors, k, count, kept);
+  auto vectors(const V* values, int64_t count, V* vectors, V* kept, Scalar<V> negligible) const {
+    auto good = bidiagonal_vectors<K>(q, e, products, k, values, count, vectors, kept, negligible, work);
+    good &= orthogonalise<K>(vectors, k, count);
     return good;
   }
 
-  V* core;
-  int64_t k;
-  V *tau, *q, *e, *product, *room;
+  // Right singular vectors of B become those of the matrix.
+  void turn_back(V* vectors, int64_t count) const {
+    int64_t j = k - 2;  // G_j for j < k − 2
+    if (j % 2 == 1) {
+      --j;
+      reflect(right + j * k + j + 1, tau[j], k - j - 1, vectors + j + 1, k, count);
+    }
+    while ((j -= 2) >= 0) {
+      const V* const v = right + j * k + j + 1;
+      reflect_twice<First::w>(v, tau[j], v + k + 1, tau[j + 1], k - j - 1, vectors + j + 1, k, count);
+    }
+  }
+
+  V* matrix;
+  int64_t rows, k;
+  V *right, *tau, *diagonal, *upper, *q, *e, *products, *work;
 };
 
-// Two cores abreast: their squared singular values, falling, in values[i] [k]; vectors[i] [count][k] and kept[i] as above; in
-// good[i] the lanes in which they hold. `room` is for 5 k.
-template <int K, class V, class M>
-void decompose_two(Bidiagonal<V>* cores, int64_t count, V* const* values, V* const* vectors, V* const* kept, M* good,
-                   Pair<V>* room) {
+// The squared singular values, falling, of two matrices abreast: values[i] [k]. Returns the lanes in which they converged.
+// `room` is for 5 k.
+template <int K, class V>
+auto squared_singular_values_of(const Bidiagonal<V>* matrices, V* const* values, Pair<V>* room) {
   using T = Scalar<V>;
-  const int64_t k = K ? K : cores[0].k;
+  const int64_t k = K ? K : matrices[0].k;
   Pair<V>*const q = room, *const e = room + 2 * k, *const found = room + 4 * k;
-  for (int i = 0; i < 2; ++i) cores[i].template factor<K>();
   for (int64_t i = 0; i < k; ++i) {
-    q[i] = {cores[0].q[i], cores[1].q[i]};
-    if (i + 1 < k) e[i] = {cores[0].e[i], cores[1].e[i]};
+    q[i] = {matrices[0].q[i], matrices[1].q[i]};
+    if (i + 1 < k) e[i] = {matrices[0].e[i], matrices[1].e[i]};
   }
   const auto converged = squared_singular_values<K>(q, e, k, found);
   for (int64_t c = 0; c < k; ++c) {  // back to zero what was made not to be
@@ -277,24 +411,7 @@ void decompose_two(Bidiagonal<V>* cores, int64_t count, V* const* values, V* con
     values[0][c] = value.low;
     values[1][c] = value.high;
   }
-  for (int i = 0; i < 2; ++i) {
-    good[i] = cores[i].template vectors<K>(values[i], count, vectors[i], kept[i]);
-  }
-  good[0] &= converged.low;
-  good[1] &= converged.high;
-}
-
-// The same for a k of at least K, to be found.
-template <int K, class V, class M>
-void decompose_two_of(Bidiagonal<V>* cores, int64_t count, V* const* values, V* const* vectors, V* const* kept, M* good,
-                      Pair<V>* room) {
-  if constexpr (K > 8 || sizeof(Scalar<V>) == 8) {  // enough for the shortest loops; more would take long to compile
-    decompose_two<0>(cores, count, values, vectors, kept, good, room);
-  } else if (cores[0].k == K) {
-    decompose_two<K>(cores, count, values, vectors, kept, good, room);
-  } else {
-    decompose_two_of<K + 1>(cores, count, values, vectors, kept, good, room);
-  }
+  return converged;
 }
 
 }  // namespace RMM_ISA

@@ -1,9 +1,8 @@
-// compress: mean, Helmert reduction, QR, SVD of its R, basis and coefficients, one position per lane.
+// compress: mean, Helmert reduction, SVD, basis and coefficients, one position per lane.
 //
-// Y, the centred vectors in a Helmert basis, has K = min(r, n−1) singular values and no guaranteed zero. Where it is tall,
-// Y = QR first, so that R [K, K] is decomposed and only the p chosen vectors go back through Q; where it is wide, Yᵀ = QR and
-// the left singular vectors of Rᵀ are those of Y. The SVD goes by way of a bidiagonal matrix; in lanes where that does not do,
-// and for the smallest K, by one-sided Jacobi.
+// Y, the centred vectors in a Helmert basis, has K = min(r, n−1) singular values and no guaranteed zero. Of the tall one of Y
+// and Yᵀ, A, the right singular vectors v are found, from a bidiagonal matrix or, in lanes where that does not do and for the
+// smallest K, from that by one-sided Jacobi. Where Y is wide, they are the components u; else u = Y v / σ.
 
 #include "bidiagonal.h"
 #include "jacobi.h"
@@ -20,8 +19,8 @@ RMM_DECLARE_KERNEL(void compress(const CompressArgs& args, int64_t begin, int64_
 
 namespace RMM_ISA {
 
-// Groups of positions, one per lane, four at a time: each loaded, centred and written by itself, but factored in pairs, and of
-// both pairs the singular values are found abreast.
+// Groups of positions, one per lane, four at a time: each loaded, centred and written by itself, but decomposed in pairs, and
+// of both pairs the singular values are found abreast.
 template <class T>
 class Compressor {
  public:
@@ -40,24 +39,22 @@ class Compressor {
         jacobi_(k_),
         values_room_(5 * k_),
         found_(values_room_.take(5 * k_)),
-        wide_scratch_(kGroups / 2 * (columns_ * r_ + k_ * k_ + 12 * k_ + live_ * (k_ + 1) + p_ * r_)),
-        scratch_(kGroups * (n_ * task_ + r_) + k_ * k_ + 3 * k_ + p_ * r_ + p_),
+        wide_scratch_(2 * (k_ * k_ + 7 * k_) + columns_ * r_ + 3 * k_ + rows_ + live_ * (k_ + 1) + p_ * r_),
+        y_(wide_scratch_.take(columns_ * r_)),
+        work_(wide_scratch_.take(3 * k_ + rows_)),
+        vectors_(wide_scratch_.take(live_ * k_)),
+        kept_(wide_scratch_.take(live_)),
+        components_(wide_scratch_.take(p_ * r_)),
+        scratch_(kGroups * (n_ * task_ + r_) + k_ * k_ + 3 * k_ + p_ * r_ + 4 * n_),
         core_(scratch_.take(k_ * k_)),
         norms_(scratch_.take(k_)),
         energy_(scratch_.take(k_)),
-        kept_(scratch_.take(k_)),
+        core_kept_(scratch_.take(k_)),
         u_(scratch_.take(p_ * r_)),
-        c_(scratch_.take(p_)) {
-    for (GroupPair& pair : pairs_) {
-      pair.y = wide_scratch_.take(columns_ * r_);
-      pair.core = wide_scratch_.take(k_ * k_);
-      pair.tau = wide_scratch_.take(k_);
-      pair.diagonal = wide_scratch_.take(k_);
-      pair.values = wide_scratch_.take(k_);
-      pair.room = wide_scratch_.take(9 * k_);
-      pair.vectors = wide_scratch_.take(live_ * k_);
-      pair.kept = wide_scratch_.take(live_);
-      pair.u = wide_scratch_.take(p_ * r_);
+        weights_(scratch_.take(4 * n_)) {
+    for (int pair = 0; pair < 2; ++pair) {
+      rooms_[pair] = wide_scratch_.take(k_ * k_ + 6 * k_);
+      values_[pair] = wide_scratch_.take(k_);
     }
     for (Group& group : groups_) {
       group.x = scratch_.take(n_ * task_);
@@ -70,21 +67,11 @@ class Compressor {
   // The groups from position `first` on, up to kGroups of them.
   void groups(int64_t first, int count) {
     for (int g = 0; g < kGroups; ++g) {
-      Group& group = groups_[g];
-      group.first = first + g * kLanes<T>;
-      const int64_t left = g < count ? positions_ - group.first : 0;
-      group.lanes = left < kLanes<T> ? static_cast<int>(left) : kLanes<T>;
-      if (group.lanes > 0) {
-        load_and_scale(group);
-        centre(group, g);
-      } else {
-        for (int64_t i = 0; i < columns_ * r_; ++i) of_group(&GroupPair::y, g, i) = Vec<T>{};
-      }
+      groups_[g].first = first + g * kLanes<T>;
+      const int64_t left = g < count ? positions_ - groups_[g].first : 0;
+      groups_[g].lanes = left < kLanes<T> ? static_cast<int>(left) : kLanes<T>;
     }
-    for (GroupPair& pair : pairs_) householder(pair.y, rows_, k_, pair.tau, pair.diagonal);
-    decompose();
-    for (GroupPair& pair : pairs_) components(pair);
-    for (int g = 0; g < count; ++g) write(groups_[g], g);
+    groups_of<kBidiagonal>();
   }
 
  private:
@@ -98,16 +85,43 @@ class Compressor {
     Scale<T> scale, centred;
   };
 
-  struct GroupPair {
-    Wide *y, *tau, *diagonal;       // Y and its QR
-    Wide *core, *room;              // [k][k], [9 k]: R on the way to its singular vectors
-    Wide *values, *vectors, *kept;  // [k], [live][k], [live]
-    Wide* u;                        // [p][r]
-  };
+  // What one of a pair's groups has of entry i.
+  RMM_INLINE Vec<T>& half(Wide* what, int g, int64_t i) { return reinterpret_cast<Vec<T>*>(what)[2 * i + g % 2]; }
 
-  // Entry i of group g's half of what pairs have.
-  RMM_INLINE Vec<T>& of_group(Wide* GroupPair::* what, int g, int64_t i) {
-    return reinterpret_cast<Vec<T>*>(pairs_[g / 2].*what)[2 * i + g % 2];
+  // For a k of at least K, to be found.
+  template <int K>
+  void groups_of() {
+    if constexpr (K > 8 || sizeof(T) == 8) {  // enough for the shortest loops; more would take long to compile
+      groups_of_size<0>();
+    } else {
+      k_ == K ? groups_of_size<K>() : groups_of<K + 1>();
+    }
+  }
+
+  // K is k where that is known when compiling, else 0.
+  template <int K>
+  void groups_of_size() {
+    Bidiagonal<Wide> matrices[2] = {{y_, rows_, k_, rooms_[0], work_}, {y_, rows_, k_, rooms_[1], work_}};
+    for (int pair = 0; pair < 2; ++pair) {
+      for (int g = 2 * pair; g < 2 * pair + 2; ++g) {
+        if (groups_[g].lanes > 0) {
+          load_and_scale(groups_[g]);
+          centre(groups_[g], g);
+        } else {
+          for (int64_t i = 0; i < columns_ * r_; ++i) half(y_, g, i) = Vec<T>{};
+        }
+      }
+      if (k_ > 0) matrices[pair].template factor<K>();
+    }
+    PairMask<PairMask<Mask<T>>> converged{};
+    if (k_ >= kBidiagonal) converged = squared_singular_values_of<K>(matrices, values_, found_);
+    for (int pair = 0; pair < 2; ++pair) {
+      if (k_ > 0) directions<K>(matrices[pair], values_[pair], pair == 0 ? converged.low : converged.high, 2 * pair);
+      components(2 * pair);
+      for (int g = 2 * pair; g < 2 * pair + 2; ++g) {
+        if (groups_[g].lanes > 0) write(groups_[g], g, values_[pair]);
+      }
+    }
   }
 
   // Loads x and finds its power of two per lane; lanes with NaN or Inf become 0.
@@ -117,6 +131,7 @@ class Compressor {
     for (int64_t i = 0; i < n_; ++i) {
       Vec<T>* const task = group.x + i * task_;
       load_tile<T>(x.dtype, x.at(i, group.first), x.stride[1], x.stride[2], group.lanes, r_, task);
+#pragma GCC unroll 4
       for (int64_t j = 0; j < r_; ++j) largest = larger_magnitude<T>(largest, task[j]);
     }
     group.finite = (Vec<T>)largest <= Bits<T>::largest;
@@ -149,7 +164,7 @@ class Compressor {
                      select<T>(near, one, group.centred.down1), select<T>(near, one, group.centred.down2)};
     if (any<T>(~near)) {
       for (int64_t i = 0; i < columns_ * r_; ++i) {
-        Vec<T>& y = of_group(&GroupPair::y, g, i);
+        Vec<T>& y = half(y_, g, i);
         y = y * group.centred.up1 * group.centred.up2;
       }
     }
@@ -168,25 +183,21 @@ class Compressor {
   // become exactly zero. Then the mean goes twice: what the first one rounds off, the second takes. N is n where that is known
   // when compiling, and all of a rank fits in registers. Returns the largest magnitude of y.
   //
-  // Meanwhile, a share in each step, it asks for the memory that a later group reads and this one writes.
+  // Meanwhile, a share in each step, it asks for what a later group reads.
   template <int N>
   Mask<T> centre_tasks(Group& group, int g) {
     const int64_t n = N ? N : n_, step = N ? 1 : task_;
-    const View &in = args_.x, &basis = args_.basis, &coeff = args_.coeff;
+    const View& in = args_.x;
     const int64_t later = group.first + kGroups * kLanes<T>;
     const bool more = later + kLanes<T> <= positions_;
-    const TileLines read(in, in.at(0, later), more ? n : 0, kLanes<T>, in.stride[1], r_, in.stride[2]);
-    const TileLines write(basis, basis.at(0, group.first), more ? p_ + 1 : 0, kLanes<T>, basis.stride[1], r_, basis.stride[2]);
-    const TileLines write_c(coeff, coeff.at(0, 0, group.first), more ? n : 0, kLanes<T>, coeff.stride[2], p_, coeff.stride[1]);
+    TileLines ahead(in, in.at(0, later), more ? n : 0, kLanes<T>, in.stride[1], r_, in.stride[2], r_);
     const int64_t along_task = tall_ ? r_ : 1, along_rank = tall_ ? 1 : columns_;
     const T share = T(1) / static_cast<T>(n);
-    const T spread = n > 1 ? T(1) / (T(sqrt(static_cast<double>(n))) - T(1)) : T(0);
+    const T spread = helmert();
     const Vec<T> up = group.scale.up2;
     Mask<T> largest{};
     for (int64_t j = 0; j < r_; ++j) {
-      read.template prefetch<false>(j, r_);
-      write.template prefetch<true>(j, r_);
-      write_c.template prefetch<true>(j, r_);
+      ahead.prefetch();
       Vec<T>* const x = group.x + j;
       Vec<T> own[N ? N : 1];
       Vec<T>* const v = N ? own : x;
@@ -208,143 +219,173 @@ class Compressor {
       for (int64_t i = 1; i < n; ++i) {
         const Vec<T> centred = v[i * step] - rest, y = centred + spread_first;
         x[i * task_] = centred;
-        of_group(&GroupPair::y, g, (i - 1) * along_task + j * along_rank) = y;
+        half(y_, g, (i - 1) * along_task + j * along_rank) = y;
         largest = larger_magnitude<T>(largest, y);
       }
     }
     return largest;
   }
 
-  // The core, R of the QR of Y or, where Y is wide, Rᵀ.
-  template <class Put>
-  void each_of_core(const GroupPair& pair, const Put& put) const {
-    for (int64_t c = 0; c < k_; ++c) {
+  // vectors_ [live][k]: the leading right singular vectors of A, no direction where σ is negligible, as kept_ says; by Jacobi,
+  // and then values too, in the lanes where it takes that. Of the pair of groups that begins with g.
+  template <int K>
+  void directions(const Bidiagonal<Wide>& matrix, Wide* values, PairMask<Mask<T>> good, int g) {
+    if (k_ >= kBidiagonal) good &= matrix.template vectors<K>(values, live_, vectors_, kept_, Bits<T>::deficient);
+    if (groups_[g].lanes > 0 && any<T>(~good.low)) directions_by_jacobi(matrix, values, ~good.low, g);
+    if (groups_[g + 1].lanes > 0 && any<T>(~good.high)) directions_by_jacobi(matrix, values, ~good.high, g + 1);
+    matrix.turn_back(vectors_, live_);
+  }
+
+  // Values and vectors of B in some lanes of one group.
+  void directions_by_jacobi(const Bidiagonal<Wide>& matrix, Wide* values, Mask<T> lanes, int g) {
+    const auto of = [g](const Wide& wide) { return g % 2 ? wide.high : wide.low; };
+    for (int64_t c = 0; c < k_; ++c) {  // Bᵀ: its left singular vectors are B's right ones
       for (int64_t i = 0; i < k_; ++i) {
-        const int64_t row = tall_ ? i : c, column = tall_ ? c : i;
-        put(c * k_ + i, row < column ? pair.y[column * rows_ + row] : row == column ? pair.diagonal[row] : Wide{});
+        core_[c * k_ + i] = i == c ? of(matrix.diagonal[c]) : i == c + 1 ? of(matrix.upper[c]) : Vec<T>{};
       }
     }
-  }
-
-  // vectors [live][k]: the leading left singular vectors of the core, completed where σ is negligible, as kept says; values:
-  // σ².
-  void decompose() {
-    if (k_ == 0) return;
-    PairMask<Mask<T>> good[2] = {};
-    if (k_ >= kBidiagonal) {
-      for (GroupPair& pair : pairs_) {
-        each_of_core(pair, [&](int64_t at, const Wide& entry) { pair.core[at] = entry; });
-      }
-      Bidiagonal<Wide> cores[2] = {{pairs_[0].core, k_, pairs_[0].room}, {pairs_[1].core, k_, pairs_[1].room}};
-      Wide* const values[2] = {pairs_[0].values, pairs_[1].values};
-      Wide* const vectors[2] = {pairs_[0].vectors, pairs_[1].vectors};
-      Wide* const kept[2] = {pairs_[0].kept, pairs_[1].kept};
-      decompose_two_of<kBidiagonal>(cores, live_, values, vectors, kept, good, found_);
-    }
-    for (int g = 0; g < kGroups; ++g) {
-      const Mask<T> bad = ~(g % 2 ? good[g / 2].high : good[g / 2].low);
-      if (groups_[g].lanes > 0 && any<T>(bad)) decompose_jacobi(g, bad);
-    }
-  }
-
-  // The same in some lanes of one group by Jacobi.
-  void decompose_jacobi(int g, Mask<T> lanes) {
-    each_of_core(pairs_[g / 2], [&](int64_t at, const Wide& entry) { core_[at] = g % 2 ? entry.high : entry.low; });
     jacobi_(core_, k_, k_, norms_);
-    energies(g);
-    orthonormalise<T>(core_, k_, live_, norms_, kept_);
-    const auto replace = [&](Wide* GroupPair::* what, int64_t i, Vec<T> value) {
-      of_group(what, g, i) = select<T>(lanes, value, of_group(what, g, i));
-    };
-    for (int64_t c = 0; c < k_; ++c) replace(&GroupPair::values, c, energy_[c]);
-    for (int64_t c = 0; c < live_; ++c) replace(&GroupPair::kept, c, kept_[c]);
-    for (int64_t i = 0; i < live_ * k_; ++i) replace(&GroupPair::vectors, i, core_[i]);
-  }
-
-  // energy_[c] = ‖Yᵀu‖² with u along the core's column c: the columns' own norms carry what all rotations rounded. Those of the
-  // components are found closer in write(); and a negligible column has no direction of its own: there its norm will do.
-  void energies(int g) {
-    for (int64_t c = 0; c < k_; ++c) {
-      energy_[c] = norms_[c];
-      if (c < p_) continue;
-      const Vec<T>* const u = core_ + c * k_;
+    for (int64_t c = 0; c < k_; ++c) {  // ‖B v‖²: the columns' own norms carry what all rotations rounded
+      const Vec<T>* const v = core_ + c * k_;
       Vec<T> square{};
       for (int64_t i = 0; i < k_; ++i) {
-        Vec<T> along = of_group(&GroupPair::diagonal, g, i) * u[i];
-        if (tall_) {
-          for (int64_t j = 0; j < i; ++j) along += of_group(&GroupPair::y, g, i * rows_ + j) * u[j];  // (Rᵀu)_i
-        } else {
-          for (int64_t j = i + 1; j < k_; ++j) along += of_group(&GroupPair::y, g, j * rows_ + i) * u[j];  // (Ru)_i
-        }
+        Vec<T> along = of(matrix.diagonal[i]) * v[i];
+        if (i + 1 < k_) along += of(matrix.upper[i]) * v[i + 1];
         square += along * along;
       }
+      // A negligible column has no direction of its own: there its norm will do.
       const Mask<T> live = (norms_[c] > Bits<T>::deficient * Bits<T>::deficient * norms_[0]) & (norms_[c] > Bits<T>::tiny);
       energy_[c] = select<T>(live, square / select<T>(live, norms_[c], splat<T>(1)), norms_[c]);
     }
+    normalise<T>(core_, k_, live_, norms_, core_kept_);
+    const auto replace = [&](Wide* what, int64_t i, Vec<T> value) {
+      half(what, g, i) = select<T>(lanes, value, half(what, g, i));
+    };
+    for (int64_t c = 0; c < k_; ++c) replace(values, c, energy_[c]);
+    for (int64_t c = 0; c < live_; ++c) replace(kept_, c, core_kept_[c]);
+    for (int64_t i = 0; i < live_ * k_; ++i) replace(vectors_, i, core_[i]);
   }
 
-  // u: the leading left singular vectors of Y, completed to orthonormal ones.
-  void components(const GroupPair& pair) {
+  // components_ [p][r]: the leading left singular vectors of Y, completed to orthonormal ones.
+  void components(int g) {
+    if (!tall_) {
+      for (int64_t i = 0; i < p_ * r_; ++i) components_[i] = vectors_[i];
+    } else {
+      if (groups_[g].lanes > 0) weigh(groups_[g], g);
+      if (groups_[g + 1].lanes > 0) weigh(groups_[g + 1], g + 1);
+    }
     for (int64_t c = 0; c < p_; ++c) {
-      for (int64_t j = 0; j < r_; ++j) {
-        pair.u[c * r_ + j] = c < live_ && j < k_ ? pair.vectors[c * k_ + j] : splat_as<Wide>(c >= live_ && j == c ? 1 : 0);
+      Wide* const u = components_ + c * r_;
+      auto dead = Wide{} >= Wide{};
+      if (c < live_) {
+        take_out(components_, r_, c);
+        const Wide square = dot(u, u, r_);
+        const auto live = (kept_[c] > T(0)) & (square > Bits<T>::tiny);
+        const Wide inverse = rsqrt(select(live, square, splat_as<Wide>(1)));
+        for (int64_t j = 0; j < r_; ++j) u[j] *= inverse;
+        dead = ~live;
       }
+      if (any(dead)) complete(components_, r_, c, dead);
     }
-    if (k_ > 0 && tall_) apply_q(pair.y, pair.tau, r_, k_, pair.u, p_);
-    for (int64_t c = 0; c < p_; ++c) polish_norm(pair.u + c * r_, r_);
   }
 
-  void write(const Group& group, int g) {
-    const View &basis = args_.basis, &coeff = args_.coeff, &energy = args_.energy;
-    const Scale<T>&scale = group.scale, &centred = group.centred;
-    const Vec<T> zero{}, nan = zero / zero;
-    const Mask<T> finite = group.finite;
-    for (int64_t c = 0; c < p_; ++c) {
-      Vec<T>* const u = u_ + c * r_;
-      for (int64_t j = 0; j < r_; ++j) u[j] = of_group(&GroupPair::u, g, c * r_ + j);
-      const Vec<T> sign = peak_sign<T>(u, r_, basis.dtype);
-      for (int64_t j = 0; j < r_; ++j) u[j] = u[j] * sign + T(0);  // + 0: no −0
-    }
-    for (int64_t c = 0; c < k_; ++c) {
-      energy_[c] = of_group(&GroupPair::values, g, c) * centred.down2 * centred.down2 * centred.down1 * centred.down1;
-    }
-    for (int64_t c = 0; c < live_; ++c) {
-      kept_[c] = of_group(&GroupPair::kept, g, c);
-      energy_[c] *= T(1) - kept_[c];  // found again below, closer
-      norms_[c] = Vec<T>{};           // sums over eight tasks: a few long ones round less than one longer
-    }
-    for (int64_t i = 0; i < n_; ++i) {
-      dots(group.x + i * task_, u_, r_, p_, c_);
-      for (int64_t c = 0; c < live_; ++c) {
-        c_[c] *= kept_[c];
-        norms_[c] += c_[c] * c_[c];
-        if (i % 8 == 7 || i + 1 == n_) {
-          energy_[c] += norms_[c];
-          norms_[c] = Vec<T>{};
+  // components_ = Y v, whose norm and what it has of others are to be seen to, from x: y_i = x_i + spread x_0.
+  void weigh(const Group& group, int g) {
+    const T spread = helmert();
+    in_fours(live_, [&](int64_t c, auto n) {
+      Vec<T> sum[n];
+      for (int b = 0; b < n; ++b) sum[b] = Vec<T>{};
+      for (int64_t i = 1; i < n_; ++i) {
+        for (int b = 0; b < n; ++b) {
+          const Vec<T> v = half(vectors_, g, (c + b) * k_ + i - 1);
+          weights_[i * n + b] = v * group.centred.up1 * group.centred.up2;
+          sum[b] += weights_[i * n + b];
         }
       }
-      for (int64_t c = 0; c < p_; ++c) {
-        const Vec<T> along = c < k_ ? c_[c] : zero;
-        c_[c] = select<T>(finite, along * scale.down2 * scale.down1, nan);
-      }
-      store_tile<T>(coeff.dtype, coeff.at(i, 0, group.first), coeff.stride[2], coeff.stride[1], group.lanes, p_, c_);
+      for (int b = 0; b < n; ++b) weights_[b] = spread * sum[b];
+      int64_t j = 0;
+      for (; j + 2 <= r_; j += 2) weigh_ranks<n, 2>(group, g, c, j);
+      if (j < r_) weigh_ranks<n, 1>(group, g, c, j);
+    });
+  }
+
+  // Of N of them, from c on, M ranks, from j on.
+  template <int N, int M>
+  RMM_INLINE void weigh_ranks(const Group& group, int g, int64_t c, int64_t j) {
+    Vec<T> sum[M][N];
+    const Vec<T>* x = group.x + j;
+    const Vec<T>* const end = x + n_ * task_;
+    const Vec<T>* weight = weights_;
+    for (int a = 0; a < M; ++a) {
+      for (int b = 0; b < N; ++b) sum[a][b] = x[a] * weight[b];
     }
-    for (int64_t j = 0; j < r_; ++j) group.mean[j] = select<T>(finite, group.mean[j] * scale.down2 * scale.down1, nan);
+    while ((x += task_) != end) {
+      weight += N;
+      for (int a = 0; a < M; ++a) {
+        for (int b = 0; b < N; ++b) sum[a][b] += x[a] * weight[b];
+      }
+    }
+    for (int b = 0; b < N; ++b) {
+      for (int a = 0; a < M; ++a) half(components_, g, (c + b) * r_ + j + a) = sum[a][b];
+    }
+  }
+
+  // y_i − x_i as a part of x_0, i = 1 … n−1.
+  T helmert() const { return n_ > 1 ? T(1) / (T(sqrt(static_cast<double>(n_))) - T(1)) : T(0); }
+
+  void write(const Group& group, int g, Wide* values) {
+    const View &basis = args_.basis, &energy = args_.energy;
+    const Scale<T>&scale = group.scale, &centred = group.centred;
+    const Vec<T> nan = Vec<T>{} / Vec<T>{}, down2 = select<T>(group.finite, scale.down2, nan);
+    for (int64_t c = 0; c < p_; ++c) {
+      const Vec<T>* const from = &half(components_, g, c * r_);
+      const Vec<T> sign = peak_sign<T>(from, r_, basis.dtype, 2);
+      Vec<T>* const u = u_ + c * r_;
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < r_; ++j) u[j] = from[2 * j] * sign + T(0);  // + 0: no −0
+    }
+    for (int64_t c = 0; c < k_; ++c) {
+      energy_[c] = half(values, g, c) * centred.down2 * centred.down2 * centred.down1 * centred.down1;
+    }
+    in_fours(p_, [&](int64_t c, auto n) { coefficients<n>(group, g, c, down2); });
+    for (int64_t j = 0; j < r_; ++j) group.mean[j] = group.mean[j] * down2 * scale.down1;
     store_tile<T>(basis.dtype, basis.at(0, group.first), basis.stride[1], basis.stride[2], group.lanes, r_, group.mean);
-    if (any<T>(~finite)) {
-      for (int64_t j = 0; j < p_ * r_; ++j) u_[j] = select<T>(finite, u_[j], nan);
+    if (any<T>(~group.finite)) {
+      for (int64_t j = 0; j < p_ * r_; ++j) u_[j] = select<T>(group.finite, u_[j], nan);
     }
     for (int64_t c = 0; c < p_; ++c) {
       store_tile<T>(basis.dtype, basis.at(c + 1, group.first), basis.stride[1], basis.stride[2], group.lanes, r_, u_ + c * r_);
     }
-    for (int64_t c = 0; c < k_; ++c) {
-      if (c > 0) energy_[c] = energy_[c] < energy_[c - 1] ? energy_[c] : energy_[c - 1];  // equal ones may differ by a rounding
-    }
-    for (int64_t c = 0; c < k_; ++c) {
-      const Vec<T> square = energy_[c] * scale.down2 * scale.down2 * scale.down1 * scale.down1;
-      energy_[c] = select<T>(finite, square, nan);
-    }
+    for (int64_t c = 1; c < k_; ++c) energy_[c] = smaller(energy_[c], energy_[c - 1]);  // equal ones may differ by a rounding
+    for (int64_t c = 0; c < k_; ++c) energy_[c] = energy_[c] * down2 * scale.down2 * scale.down1 * scale.down1;
     store_tile<T>(energy.dtype, energy.at(group.first), energy.stride[0], energy.stride[1], group.lanes, k_, energy_);
+  }
+
+  // N of the components' coefficients, from c on, and from them their energies, closer than the values are.
+  template <int N>
+  RMM_INLINE void coefficients(const Group& group, int g, int64_t c, Vec<T> down2) {
+    const View& coeff = args_.coeff;
+    Vec<T> kept[N], energy[N], some[N], row[N];
+    for (int b = 0; b < N; ++b) {
+      kept[b] = c + b < live_ ? half(kept_, g, c + b) : Vec<T>{};
+      energy[b] = some[b] = Vec<T>{};
+    }
+    for (int64_t i = 0; i < n_; ++i) {
+      dots_with<N, 1>(group.x + i * task_, u_ + c * r_, r_, r_, row);
+      for (int b = 0; b < N; ++b) {
+        row[b] *= kept[b];
+        some[b] += row[b] * row[b];  // over eight tasks: a few long sums round less than one longer
+        row[b] = row[b] * down2 * group.scale.down1;
+      }
+      if (i % 8 == 7 || i + 1 == n_) {
+        for (int b = 0; b < N; ++b) {
+          energy[b] += some[b];
+          some[b] = Vec<T>{};
+        }
+      }
+      store_tile<T>(coeff.dtype, coeff.at(i, c, group.first), coeff.stride[2], coeff.stride[1], group.lanes, N, row);
+    }
+    for (int b = 0; b < N && c + b < live_; ++b) energy_[c + b] = select<T>(kept[b] > T(0), energy[b], energy_[c + b]);
   }
 
   static constexpr int kBidiagonal = 4;  // from how many columns on Jacobi takes longer
@@ -358,9 +399,11 @@ class Compressor {
   Scratch<Pair<Wide>> values_room_;
   Pair<Wide>* const found_;
   Scratch<Wide> wide_scratch_;
+  Wide *const y_, *const work_;                            // A, of one pair of groups, and room to decompose it
+  Wide *const vectors_, *const kept_, *const components_;  // of one pair, [live][k], [live], [p][r]
+  Wide *rooms_[2], *values_[2];
   Scratch<Vec<T>> scratch_;
-  Vec<T>*core_, *norms_, *energy_, *kept_, *u_, *c_;  // of one group
-  GroupPair pairs_[kGroups / 2];
+  Vec<T>*core_, *norms_, *energy_, *core_kept_, *u_, *weights_;  // of one group
   Group groups_[kGroups];
 };
 

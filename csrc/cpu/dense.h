@@ -6,6 +6,8 @@
 
 #include <math.h>
 
+#include <type_traits>
+
 #include "pair.h"
 #include "tile.h"
 
@@ -14,13 +16,18 @@ namespace RMM_ISA {
 
 template <class V>
 RMM_INLINE V dot(const V* a, const V* b, int64_t rows) {
-  V sum[4] = {};  // four chains: one does not wait for the other, and each rounds less
+  V first{}, second{}, third{}, fourth{};  // four chains: one does not wait for the other, and each rounds less
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
-    for (int c = 0; c < 4; ++c) sum[c] += a[i + c] * b[i + c];
+    first += a[i] * b[i];
+    second += a[i + 1] * b[i + 1];
+    third += a[i + 2] * b[i + 2];
+    fourth += a[i + 3] * b[i + 3];
   }
-  for (int c = 0; i < rows; ++i, ++c) sum[c] += a[i] * b[i];
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  if (i < rows) first += a[i] * b[i];
+  if (i + 1 < rows) second += a[i + 1] * b[i + 1];
+  if (i + 2 < rows) third += a[i + 2] * b[i + 2];
+  return (first + second) + (third + fourth);
 }
 
 // out[c] = a · columns[c], c < count.
@@ -70,6 +77,54 @@ RMM_INLINE void reflect(const V* v, V tau, int64_t rows, V* columns, int64_t str
   }
 }
 
+// The same for two reflections at once, of v and of w, which begins a row below it: v's first, then w's, or the other way
+// round. So each column is read and written half as often.
+enum class First { v, w };
+
+template <First first, int N, class V>
+RMM_INLINE void reflect_twice(const V* v, V tau_v, const V* w, V tau_w, V across, int64_t rows, V* columns, int64_t stride) {
+  V along_v[N], along_w[N];
+  for (int c = 0; c < N; ++c) {
+    along_v[c] = v[0] * columns[c * stride];
+    along_w[c] = V{};
+  }
+  for (int64_t i = 1; i < rows; ++i) {
+    const V vi = v[i], wi = w[i - 1];
+    for (int c = 0; c < N; ++c) {
+      const V entry = columns[c * stride + i];
+      along_v[c] += vi * entry;
+      along_w[c] += wi * entry;
+    }
+  }
+  for (int c = 0; c < N; ++c) {
+    if (first == First::v) {
+      along_v[c] *= tau_v;
+      along_w[c] = tau_w * (along_w[c] - across * along_v[c]);
+    } else {
+      along_w[c] *= tau_w;
+      along_v[c] = tau_v * (along_v[c] - across * along_w[c]);
+    }
+    columns[c * stride] -= along_v[c] * v[0];
+  }
+  for (int64_t i = 1; i < rows; ++i) {
+    const V vi = v[i], wi = w[i - 1];
+    for (int c = 0; c < N; ++c) {
+      V& entry = columns[c * stride + i];
+      entry = (entry - along_v[c] * vi) - along_w[c] * wi;
+    }
+  }
+}
+
+template <First first, class V>
+RMM_INLINE void reflect_twice(const V* v, V tau_v, const V* w, V tau_w, int64_t rows, V* columns, int64_t stride,
+                              int64_t count) {
+  if (count == 0) return;
+  const V across = dot(v + 1, w, rows - 1);
+  int64_t c = 0;
+  for (; c + 2 <= count; c += 2) reflect_twice<first, 2>(v, tau_v, w, tau_w, across, rows, columns + c * stride, stride);
+  if (c < count) reflect_twice<first, 1>(v, tau_v, w, tau_w, across, rows, columns + c * stride, stride);
+}
+
 // A Householder reflection I − tau v vᵀ, and what it makes of the first entry of the vector it was made from.
 template <class V>
 struct Reflector {
@@ -94,74 +149,92 @@ RMM_INLINE Reflector<V> reflector(V* v, int64_t length) {
 // diagonal[j]; H_j = I − tau[j] v_j v_jᵀ.
 template <class V>
 void householder(V* a, int64_t rows, int64_t cols, V* tau, V* diagonal) {
-  for (int64_t j = 0; j < cols; ++j) {
-    V* const v = a + j * rows + j;
-    const Reflector<V> h = reflector(v, rows - j);
+  const auto make = [&](int64_t j) {
+    const Reflector<V> h = reflector(a + j * rows + j, rows - j);
     tau[j] = h.tau;
     diagonal[j] = h.diagonal;
-    reflect(v, h.tau, rows - j, v + rows, rows, cols - j - 1);
+  };
+  for (int64_t j = 0; j < cols; j += 2) {
+    V *const v = a + j * rows + j, *const w = v + rows + 1;
+    make(j);
+    if (j + 1 == cols) break;
+    reflect(v, tau[j], rows - j, v + rows, rows, 1);
+    make(j + 1);
+    reflect_twice<First::v>(v, tau[j], w, tau[j + 1], rows - j, v + 2 * rows, rows, cols - j - 2);
   }
 }
 
-// columns ← Q columns, `count` of them of `rows` each.
+// Takes out of column c what it has of the columns before it, those being orthonormal.
 template <class V>
-void apply_q(const V* a, const V* tau, int64_t rows, int64_t cols, V* columns, int64_t count) {
-  for (int64_t j = cols - 1; j >= 0; --j) reflect(a + j * rows + j, tau[j], rows - j, columns + j, rows, count);
-}
-
-// A Newton step towards norm 1, for a vector that has it to a few roundings.
-template <class V>
-RMM_INLINE void polish_norm(V* vector, int64_t rows) {
-  using T = Scalar<V>;
-  const V factor = T(1.5) - T(0.5) * dot(vector, vector, rows);
-  for (int64_t i = 0; i < rows; ++i) vector[i] *= factor;
+RMM_INLINE void take_out(V* columns, int64_t rows, int64_t c) {
+  V* const column = columns + c * rows;
+  int64_t b = 0;
+  for (; b + 2 <= c; b += 2) {
+    const V *const one = columns + b * rows, *const two = one + rows;
+    V along_one{}, along_two{};
+    for (int64_t i = 0; i < rows; ++i) {
+      along_one += one[i] * column[i];
+      along_two += two[i] * column[i];
+    }
+    for (int64_t i = 0; i < rows; ++i) column[i] = (column[i] - along_one * one[i]) - along_two * two[i];
+  }
+  if (b < c) {
+    const V* const one = columns + b * rows;
+    const V along = dot(one, column, rows);
+    for (int64_t i = 0; i < rows; ++i) column[i] -= along * one[i];
+  }
 }
 
 // In the lanes of `dead`, column c becomes what is left of the unit vector that sticks out most of the columns before it, those
-// being orthonormal (twice Gram–Schmidt). By lanes, because hardly any need it.
+// being orthonormal (twice Gram–Schmidt).
 template <class V, class M>
 void complete(V* columns, int64_t rows, int64_t c, M dead) {
   using T = Scalar<V>;
-  constexpr int W = sizeof(V) / sizeof(T);
-  const auto* const dead_lanes = reinterpret_cast<const typename Bits<T>::type*>(&dead);
-  for (int lane = 0; lane < W; ++lane) {
-    if (!dead_lanes[lane]) continue;
-    T* const entries = reinterpret_cast<T*>(columns) + lane;  // of column b, row i: entries[(b · rows + i) · W]
-    T* const column = entries + c * rows * W;
-    int64_t best = 0;
-    T most = -1;
-    for (int64_t i = 0; i < rows; ++i) {
-      T left = 1;
-      for (int64_t b = 0; b < c; ++b) left -= entries[(b * rows + i) * W] * entries[(b * rows + i) * W];
-      if (left > most + T(1e-3)) most = left, best = i;  // by a margin, so that rounding does not decide
+  const V zero{}, one = splat_as<V>(1);
+  V* const column = columns + c * rows;
+  V most = splat_as<V>(-1), best{};
+  for (int64_t i = 0; i < rows; ++i) {
+    V left = one;
+    for (int64_t b = 0; b < c; ++b) left -= columns[b * rows + i] * columns[b * rows + i];
+    const auto more = left > most + splat_as<V>(T(1e-3));  // by a margin, so that rounding does not decide
+    most = select(more, left, most);
+    best = select(more, splat_as<V>(T(i)), best);
+  }
+  for (int64_t i = 0; i < rows; ++i) column[i] = select(dead, select(best == T(i), one, zero), column[i]);
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int64_t b = 0; b < c; ++b) {
+      const V* const before = columns + b * rows;
+      const V along = select(dead, dot(before, column, rows), zero);
+      for (int64_t i = 0; i < rows; ++i) column[i] -= along * before[i];
     }
-    for (int64_t i = 0; i < rows; ++i) column[i * W] = T(i == best ? 1 : 0);
-    for (int pass = 0; pass < 2; ++pass) {
-      for (int64_t b = 0; b < c; ++b) {
-        const T* const before = entries + b * rows * W;
-        T along = 0;
-        for (int64_t i = 0; i < rows; ++i) along += column[i * W] * before[i * W];
-        for (int64_t i = 0; i < rows; ++i) column[i * W] -= along * before[i * W];
-      }
-      T square = 0;
-      for (int64_t i = 0; i < rows; ++i) square += column[i * W] * column[i * W];
-      const T inverse = T(1) / T(sqrt(square));
-      for (int64_t i = 0; i < rows; ++i) column[i * W] *= inverse;
-    }
+    const V square = dot(column, column, rows);
+    const auto off = dead & ~(square == T(1));
+    const V inverse = select(off, rsqrt(select(off, square, one)), one);
+    for (int64_t i = 0; i < rows; ++i) column[i] *= inverse;
   }
 }
 
-// ±1 per lane: the sign of the component of largest magnitude, the lowest index on ties, as the vector will be stored.
+// ±1 per lane: the sign of the component of largest magnitude, the lowest index on ties, as the vector will be stored. Its
+// components are `step` apart.
 template <class T>
-RMM_INLINE Vec<T> peak_sign(const Vec<T>* vector, int64_t rows, Dtype stored) {
-  Vec<T> best{}, value{};
+RMM_INLINE Vec<T> peak_sign(const Vec<T>* vector, int64_t rows, Dtype stored, int64_t step = 1) {
+  Vec<T> most{}, least{};
+#pragma GCC unroll 4
   for (int64_t i = 0; i < rows; ++i) {
-    const Vec<T> rounded = as_stored<T>(stored, vector[i]), magnitude = abs<T>(rounded);
-    const Mask<T> larger = magnitude > best;
-    best = select<T>(larger, magnitude, best);
-    value = select<T>(larger, rounded, value);
+    const Vec<T> rounded = as_stored<T>(stored, vector[i * step]);
+    most = larger(rounded, most);
+    least = smaller(rounded, least);
   }
-  return select<T>(value < T(0), splat<T>(-1), splat<T>(1));
+  const Vec<T> magnitude = larger(most, -least);
+  Mask<T> negative = -least > most;
+  Mask<T> open = (most == -least) & (most > T(0));
+  for (int64_t i = 0; i < rows && any<T>(open); ++i) {
+    const Vec<T> rounded = as_stored<T>(stored, vector[i * step]);
+    const Mask<T> here = open & (abs<T>(rounded) == magnitude);
+    negative |= here & (rounded < T(0));
+    open &= ~here;
+  }
+  return select<T>(negative, splat<T>(-1), splat<T>(1));
 }
 
 // Exact powers of two that bring a matrix's largest entry into [2, 4) and back; in two factors, each representable.

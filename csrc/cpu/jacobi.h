@@ -185,23 +185,16 @@ class Jacobi {
   Turn<T>* const turns_;
 };
 
-// Scales each of the first `count` columns, of falling squared norms, to norm 1, and takes out of it what Jacobi left of the
-// ones before it; kept[c] is 1 where it could be, 0 where σ_c is negligible and the column was completed.
+// Scales each of the first `count` columns, of falling squared norms, to norm 1 and kept[c] = 1, or both to 0 where σ_c is
+// negligible.
 template <class T>
-void orthonormalise(Vec<T>* columns, int64_t rows, int64_t count, const Vec<T>* norms, Vec<T>* kept) {
+void normalise(Vec<T>* columns, int64_t rows, int64_t count, const Vec<T>* norms, Vec<T>* kept) {
   const T limit = Bits<T>::deficient * Bits<T>::deficient;
   for (int64_t c = 0; c < count; ++c) {
     const Mask<T> live = (norms[c] > limit * norms[0]) & (norms[c] > Bits<T>::tiny);
     kept[c] = select<T>(live, splat<T>(1), splat<T>(0));
-    const Vec<T> inverse = rsqrt<T>(select<T>(live, norms[c], splat<T>(1)));
-    Vec<T>* const column = columns + c * rows;
-    for (int64_t i = 0; i < rows; ++i) column[i] = column[i] * inverse + T(0);  // + 0: no −0, whatever the neighbours did
-    for (int64_t b = 0; b < c; ++b) {
-      const Vec<T>* const before = columns + b * rows;
-      const Vec<T> along = dot(before, column, rows);
-      for (int64_t i = 0; i < rows; ++i) column[i] -= along * before[i];
-    }
-    if (any<T>(~live)) complete(columns, rows, c, ~live);
+    const Vec<T> inverse = rsqrt<T>(select<T>(live, norms[c], splat<T>(1))) * kept[c];
+    for (int64_t i = 0; i < rows; ++i) columns[c * rows + i] *= inverse;
   }
 }
 

@@ -154,6 +154,20 @@ RMM_INLINE Pair<V> smaller(const Pair<V>& x, const Pair<V>& y) {
   return {smaller(x.low, y.low), smaller(x.high, y.high)};
 }
 
+// The larger of two; y where either is NaN.
+template <class V>
+RMM_INLINE V larger(V x, V y) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Scalar<V>) == 4) return (V)_mm512_maskz_max_ps(0xffff, (__m512)x, (__m512)y);
+  if constexpr (sizeof(Scalar<V>) == 8) return (V)_mm512_maskz_max_pd(0xff, (__m512d)x, (__m512d)y);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Scalar<V>) == 4) return (V)_mm256_max_ps((__m256)x, (__m256)y);
+  if constexpr (sizeof(Scalar<V>) == 8) return (V)_mm256_max_pd((__m256d)x, (__m256d)y);
+#else
+  return x > y ? x : y;
+#endif
+}
+
 template <class V>
 RMM_INLINE V rsqrt(V v) {
   return rsqrt<Scalar<V>>(v);

@@ -229,33 +229,53 @@ void store_tile(Dtype dtype, char* to, int64_t lane_stride, int64_t row_stride, 
   }
 }
 
-// The memory of `count` tiles, a view's stride[0] apart, as lines along whichever axis is dense; none where neither is.
+// The memory of `count` tiles, a view's stride[0] apart, whichever axis is dense, to be asked for in `shares` of about the same
+// size: many requests at once would be waited for. None where neither axis is dense.
 class TileLines {
  public:
   TileLines(const View& view, const char* from, int64_t count, int64_t lanes, int64_t lane_stride, int64_t rows,
-            int64_t row_stride)
-      : from_(from), count_(lane_stride == 1 || row_stride == 1 ? count : 0), tile_(view.stride[0] * element_size(view.dtype)) {
+            int64_t row_stride, int64_t shares) {
+    const int64_t size = element_size(view.dtype);
     const bool along_rows = row_stride == 1;
-    lines_ = along_rows ? lanes : rows;
-    line_ = (along_rows ? lane_stride : row_stride) * element_size(view.dtype);
-    bytes_ = (along_rows ? rows : lanes) * element_size(view.dtype);
+    int64_t lines = along_rows ? lanes : rows, bytes = (along_rows ? rows : lanes) * size;
+    line_ = (along_rows ? lane_stride : row_stride) * size;
+    if (line_ == bytes) {  // one after the other: as one line
+      bytes *= lines;
+      lines = 1;
+    }
+    requests_ = (bytes + 63) / 64;
+    lines_ = lines;
+    next_tile_ = view.stride[0] * size;
+    tile_ = at_ = from;
+    left_ = lane_stride == 1 || row_stride == 1 ? count * lines * requests_ : 0;
+    share_ = shares > 0 ? (left_ + shares - 1) / shares : 0;
+    left_in_line_ = requests_;
+    left_in_tile_ = lines_;
   }
 
-  // Asks for every `steps`th line of each tile from line `step` on, to be written if Write. Many requests at once would be
-  // waited for. Inline: the compiler drops calls of what does nothing else.
-  template <bool Write>
-  RMM_INLINE void prefetch(int64_t step, int64_t steps) const {
-    for (int64_t line = step; line < lines_; line += steps) {
-      const char* at = from_ + line * line_;
-      for (int64_t i = 0; i < count_; ++i, at += tile_) {
-        for (int64_t byte = 0; byte < bytes_; byte += 64) __builtin_prefetch(at + byte, Write, 3);
+  // Asks for the next share. Inline: the compiler drops calls of what does nothing else.
+  RMM_INLINE void prefetch() {
+    const int64_t some = share_ < left_ ? share_ : left_;
+    left_ -= some;
+    for (int64_t i = 0; i < some; ++i) {
+      __builtin_prefetch(at_);
+      at_ += 64;
+      if (--left_in_line_ > 0) continue;
+      left_in_line_ = requests_;
+      if (--left_in_tile_ == 0) {
+        left_in_tile_ = lines_;
+        tile_ += next_tile_;
+        at_ = tile_;
+      } else {
+        at_ += line_ - 64 * requests_;
       }
     }
   }
 
  private:
-  const char* from_;
-  int64_t count_, tile_, lines_, line_, bytes_;
+  const char *tile_, *at_;
+  int64_t line_, lines_, next_tile_, requests_;  // requests a line
+  int64_t left_, share_, left_in_line_, left_in_tile_;
 };
 
 // A row of `count` values, `stride` apart, in consecutive lanes; what is left of the last vector is 0.
