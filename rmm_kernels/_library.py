@@ -142,9 +142,9 @@ def runs_on(name: str, value: torch.Tensor) -> str:
 LEFT_TO_TORCH = {
     "gram": {"cpu": "fewer than 16 matrices, or more than 64 columns", "cuda": "as on the CPU", "triton": "as on the CPU"},
     "truncated_svd": {
-        "cpu": "fewer than 16 matrices, or min(m, k) > 64",
+        "cpu": "min(m, k) > 128, or > 32 of fewer than 4 matrices",
         "cuda": "fewer than 16 matrices, min(m, k) > 128 (256 in the overload), or 16 columns beyond a block's shared memory",
-        "triton": "as on the CPU, and m · k > 16384 with both rounded up to powers of two",
+        "triton": "fewer than 16 matrices, min(m, k) > 64, or m · k > 16384 with both rounded up to powers of two",
     },
     "compress": {
         "cuda": "min(r, n − 1) > 256, or 16 tasks' vectors beyond a block's shared memory",

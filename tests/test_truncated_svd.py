@@ -262,13 +262,18 @@ def test_triton_on_cpu(run: ops.Overload, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=ops.name)
-@pytest.mark.parametrize("shape", [(15, 16, 8), (16, 16, 8), (16, 64, 100), (16, 65, 65)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 8), (16, 32, 100), (3, 33, 33), (4, 128, 129), (4, 129, 129)], ids=str)
 def test_public_function(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    """Few or large matrices go to the reference, the others to the best kernel."""
-    suited = shape[0] >= 16 and min(shape[1:]) <= 64
-    run = ops.winner("truncated_svd") if suited else ops.Overload("truncated_svd", "reference", "cpu")
+    """Small matrices and several middling ones go to the best kernel, large ones to `large_svd`, the others to the reference."""
+    batch, short = shape[0], min(shape[1:])
     x = randn(*shape, seed=6, dtype=dtype)
-    assert_same_bits(rmm_kernels.truncated_svd(x, 3), run(x, 3))
+    if short > 128 and dtype != torch.float64:
+        expected = torch.ops.rmm_kernels.large_svd(x, 3, True)
+    elif short <= 32 or (batch >= 4 and short <= 128):
+        expected = ops.winner("truncated_svd")(x, 3)
+    else:
+        expected = ops.Overload("truncated_svd", "reference", "cpu")(x, 3)
+    assert_same_bits(rmm_kernels.truncated_svd(x, 3), expected)
 
 
 @ops.opcheck("truncated_svd", dtypes=FLOATS)

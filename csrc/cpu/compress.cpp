@@ -440,7 +440,8 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
   Tensor energy = torch::stable::new_empty(x, {positions, r < n - 1 ? r : n - 1}, accumulator(x));
   const CompressArgs args{in, view(basis, 3, "basis"), view(coeff, 3, "coeff"), view(energy, 2, "energy")};
   const auto kernel = RMM_KERNEL(compress);
-  parallel_groups(positions, in.dtype, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  const int64_t products = 4 * n * r * (r < n ? r : n);
+  parallel_groups(positions, in.dtype, products, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return {basis, coeff, energy};
 }
 

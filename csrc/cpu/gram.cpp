@@ -67,7 +67,7 @@ Tensor gram_op(Tensor x, bool center) {
   Tensor out = torch::stable::new_empty(x, {batch, k, k}, accumulator(x));
   const GramArgs args{in, view(out, 3, "out"), center};
   const auto kernel = RMM_KERNEL(gram);
-  parallel_groups(batch, in.dtype, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  parallel_groups(batch, in.dtype, in.size[1] * k * k, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return out;
 }
 

@@ -13,11 +13,12 @@ inline int64_t lanes(Dtype dtype) {
   return bytes / (dtype == Dtype::f64 ? 8 : 4);
 }
 
-// body(begin, end) over groups of as many of `count` items as there are lanes, at least 512 items a thread.
+// body(begin, end) over groups of as many of `count` items as there are lanes, at least half a million products a thread, of
+// which an item takes about `products`.
 template <class Body>
-void parallel_groups(int64_t count, Dtype dtype, const Body& body) {
-  const int64_t width = lanes(dtype);
-  torch::stable::parallel_for(0, (count + width - 1) / width, 512 / width, body);
+void parallel_groups(int64_t count, Dtype dtype, int64_t products, const Body& body) {
+  const int64_t width = lanes(dtype), groups = (int64_t(1) << 19) / (width * (products > 0 ? products : 1));
+  torch::stable::parallel_for(0, (count + width - 1) / width, groups > 0 ? groups : 1, body);
 }
 
 }  // namespace rmm

@@ -55,7 +55,8 @@ Tensor project_op(Tensor x, Tensor basis) {
   Tensor coeff = torch::stable::new_empty(x, {in.size[0], on.size[0] - 1, in.size[1]});
   const ProjectArgs args{in, on, view(coeff, 3, "coeff")};
   const auto kernel = RMM_KERNEL(project);
-  parallel_groups(in.size[1], in.dtype, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  const int64_t products = in.size[0] * on.size[0] * on.size[2];
+  parallel_groups(in.size[1], in.dtype, products, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return coeff;
 }
 

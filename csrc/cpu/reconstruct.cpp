@@ -60,7 +60,8 @@ Tensor reconstruct_op(Tensor basis, Tensor coeff, Tensor task_ids) {
   Tensor out = like_layout(basis, tasks.size);
   const ReconstructArgs args{on, of, view(out, 3, "out"), tasks};
   const auto kernel = RMM_KERNEL(reconstruct);
-  parallel_groups(on.size[1], on.dtype, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  const int64_t products = tasks.size * on.size[0] * on.size[2];
+  parallel_groups(on.size[1], on.dtype, products, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return out;
 }
 

@@ -69,7 +69,8 @@ class Decomposer {
   // What group h has of entry i.
   RMM_INLINE Vec<T>& of(V* what, int h, int64_t i) const { return part(what, h)[kGroups * i]; }
 
-  // a_ [column of n][m]: the matrices, the longer side as m, scaled by a power of two; 0 where one is not finite.
+  // a_ [column of n][m]: the matrices, the longer side as m, scaled by a power of two; 0 where one is not finite. Lanes without
+  // a matrix do what the first one does: zero matrices take longer.
   void load(int64_t first, int lanes, int h) {
     const View& x = args_.x;
     const int64_t along_m = x.stride[tall_ ? 1 : 2], along_n = x.stride[tall_ ? 2 : 1], size = element_size(x.dtype);
@@ -77,6 +78,7 @@ class Decomposer {
     Vec<T> largest{};
     Mask<T> finite = ~Mask<T>{};
     const auto put = [&](int64_t i, Vec<T> value) {
+      for (int lane = lanes; lane < kLanes<T>; ++lane) value[lane] = value[0];
       const Vec<T> magnitude = abs<T>(value);
       finite &= magnitude <= Bits<T>::largest;
       largest = larger(magnitude, largest);
@@ -245,7 +247,8 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd_op(Tensor x, int64_t rank) {
   if (rank > 0) {
     const SvdArgs args{in, view(u, 3, "u"), view(s, 2, "s"), view(vh, 3, "vh")};
     const auto kernel = RMM_KERNEL(truncated_svd);
-    parallel_groups(batch, in.dtype, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    const int64_t products = 4 * m * k * (m < k ? m : k);
+    parallel_groups(batch, in.dtype, products, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
   return {u, s, vh};
 }
