@@ -22,12 +22,14 @@ from .._files import check_target, new_directory
 from ..adapters import Adapter, LoraFactors, load_adapters, save_adapter
 from ..checkpoints import Checkpoint, CheckpointError, check_alike, write_checkpoint
 from ..ops.gram import gram
+from ..ops.truncated_svd import has_kernel_for, truncated_svd
 from ..storage import dtype_name
 from .pt_svd import lora_config, low_rank
 
 Prox = Literal["squared", "fixed"]
 Finish = Literal["average", "ties"]
 
+_MORE = 8  # triplets than survived the last turn are asked for
 _NEGLIGIBLE = 1e-6  # singular values of a merged adapter below this fraction of the largest are dropped
 
 
@@ -69,33 +71,47 @@ def decompose(theta: Tensor, settings: Settings) -> tuple[Tensor, Tensor, list[f
     delta = torch.zeros_like(theta)
     shared = theta.mean(0)
     objective: list[float] = []
+    short = rank = min(theta.shape[1:])
     for _ in range(settings.iterations):
         shared = (theta - delta).mean(0)
-        delta, penalty = _shrink(theta - shared, settings)
+        delta, penalty, survived = _shrink(theta - shared, settings, rank)
+        rank = min(short, survived + _MORE)
         objective.append(float((shared + delta - theta).square().sum()) + penalty)
         if settings.tolerance and len(objective) > 1 and objective[-2] - objective[-1] <= settings.tolerance * objective[-2]:
             break
     return shared, delta, objective
 
 
-def _shrink(x: Tensor, settings: Settings) -> tuple[Tensor, float]:
-    """The prox of matrices x [n, m, k] in fp64, and its penalty.
+def _shrink(x: Tensor, settings: Settings, rank: int) -> tuple[Tensor, float, int]:
+    """The prox of matrices x [n, m, k] in fp64, its penalty, and how many σ survive it at most.
 
-    D(x) = Q diag(1 − τ/σ)₊ Qᵀ x, through the Gram matrix of the short side: the `gram` op and torch's eigh. `truncated_svd`
-    would give σ at once, but takes longer: of 8 cores of 128 × 128, of which τ leaves about 77 σ, 31 ms on one thread of AVX2
-    (its kernel, meant for up to 64, 110) where gram and eigh take 17; of 8 of 64 × 64, 8.5 and 3.9.
-    The squares cost half the digits of σ below 1e-8 σ₁; fp64 has them to spare where τ is as small as the published 0.01.
+    D(x) = U diag(σ − τ)₊ Vᵀ by `truncated_svd`, of `rank` triplets unless more survive. Where that op has no kernel for the
+    size, by Q diag(1 − τ/σ)₊ Qᵀ x through the Gram matrix of the short side, which takes less time than LAPACK's SVD. The
+    squares cost half the digits of σ below 1e-8 σ₁; fp64 has them to spare where τ is as small as the published 0.01.
     """
+    short = min(x.shape[1:])
+    if has_kernel_for(x):
+        u, sigma, vh = truncated_svd(x, rank)
+        kept, penalty = _survivors(sigma, settings)
+        most = int((kept > 0).sum(1).max())
+        if most == rank < short:
+            return _shrink(x, settings, short)
+        return (u * kept[:, None]) @ vh, penalty, most
     tall = x.shape[1] > x.shape[2]
     values, q = torch.linalg.eigh(gram(x if tall else x.mT))
     sigma = values.clamp(min=0).sqrt()  # [n, short], rising
-    tau = threshold(sigma, settings)[:, None]
-    kept = (sigma - tau).clamp(min=0)
+    kept, penalty = _survivors(sigma, settings)
     factor = torch.where(kept > 0, kept / sigma.clamp(min=torch.finfo(sigma.dtype).tiny), 0.0)
+    damp = (q * factor[:, None]) @ q.mT
+    return x @ damp if tall else damp @ x, penalty, short
+
+
+def _survivors(sigma: Tensor, settings: Settings) -> tuple[Tensor, float]:
+    """(σ − τ)₊ [n, k] and the penalty on what is left."""
+    kept = (sigma - threshold(sigma, settings)[:, None]).clamp(min=0)
     nuclear = kept.sum(1)
     penalty = settings.mu * nuclear.square() if settings.prox == "squared" else 2 * settings.mu * nuclear
-    damp = (q * factor[:, None]) @ q.mT
-    return x @ damp if tall else damp @ x, float(penalty.sum())
+    return kept, float(penalty.sum())
 
 
 def threshold(sigma: Tensor, settings: Settings) -> Tensor:
