@@ -264,7 +264,7 @@ def test_triton_on_cpu(run: ops.Overload, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=ops.name)
 @pytest.mark.parametrize("shape", [(1, 16, 8), (16, 32, 100), (3, 33, 33), (4, 128, 129), (4, 129, 129)], ids=str)
 def test_public_function(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    """Small matrices and several middling ones go to the best kernel, large ones to `large_svd`, the others to the reference."""
+    """Small matrices and several middling ones go to the best kernel, large ones to `large_svd`, others to the reference."""
     batch, short = shape[0], min(shape[1:])
     x = randn(*shape, seed=6, dtype=dtype)
     if short > 128 and dtype != torch.float64:

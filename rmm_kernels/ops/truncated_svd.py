@@ -26,9 +26,9 @@ def truncated_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     On the CPU matrices up to 32 on their shorter side, and at least 4 up to 128, go to this package's kernel, a matrix in every
     SIMD lane; on GPUs at least 16, up to 128 (CUDA, a block each from 65 on) or 64 and a tile of 16384 values (Triton). Beyond
     128, in fp32, fp16 and bf16, a block Krylov method takes over where the rank is small (a quarter of the side, less 8), else
-    the Gram matrix and eigh in fp64; what either returns is checked (orthonormality and residuals to 5e-6, energy), and a matrix
-    that fails goes on to the next method, in the end to torch.linalg.svd. That waits for a GPU to finish. All others go to
-    torch.linalg.svd at once.
+    the Gram matrix and eigh in fp64; what either returns is checked (orthonormality and residuals to 5e-6, energy), and a
+    matrix that fails goes on to the next method, in the end to torch.linalg.svd. That waits for a GPU to finish. All others go
+    to torch.linalg.svd at once.
 
     Signs are deterministic: the component of largest magnitude of every left singular vector is positive, the lowest index
     on ties. A matrix that holds NaN or Inf gives NaN and leaves its neighbours alone: NaN in its S is the info flag.
