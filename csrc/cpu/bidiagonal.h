@@ -49,19 +49,25 @@ RMM_INLINE void in_fours(int64_t count, const Body& body) {
 // out[c] = v · columns[c], rows ≥ 1.
 template <int N, int Step, class V>
 RMM_INLINE void dots_with(const V* v, const V* columns, int64_t stride, int64_t rows, V* out) {
-  V even[N], odd[N];
-  for (int c = 0; c < N; ++c) even[c] = v[0] * columns[c * stride * Step];
-  for (int c = 0; c < N; ++c) odd[c] = rows > 1 ? v[Step] * columns[(c * stride + 1) * Step] : V{};
-  int64_t i = 2;
-  for (; i + 2 <= rows; i += 2) {
-    const V first = v[i * Step], second = v[(i + 1) * Step];
-    for (int c = 0; c < N; ++c) even[c] += first * columns[(c * stride + i) * Step];
-    for (int c = 0; c < N; ++c) odd[c] += second * columns[(c * stride + i + 1) * Step];
+  for (int64_t i = 0; i < rows;) {
+    const int64_t begin = i, end = i + kLongSum < rows ? i + kLongSum : rows;
+    V even[N], odd[N];
+    for (int c = 0; c < N; ++c) even[c] = v[i * Step] * columns[(c * stride + i) * Step];
+    for (int c = 0; c < N; ++c) odd[c] = i + 1 < end ? v[(i + 1) * Step] * columns[(c * stride + i + 1) * Step] : V{};
+    for (i += 2; i + 2 <= end; i += 2) {
+      const V first = v[i * Step], second = v[(i + 1) * Step];
+      for (int c = 0; c < N; ++c) even[c] += first * columns[(c * stride + i) * Step];
+      for (int c = 0; c < N; ++c) odd[c] += second * columns[(c * stride + i + 1) * Step];
+    }
+    if (i < end) {
+      for (int c = 0; c < N; ++c) even[c] += v[i * Step] * columns[(c * stride + i) * Step];
+    }
+    i = end;
+    for (int c = 0; c < N; ++c) {
+      const V some = even[c] + odd[c];
+      out[c * Step] = begin == 0 ? some : out[c * Step] + some;
+    }
   }
-  if (i < rows) {
-    for (int c = 0; c < N; ++c) even[c] += v[i * Step] * columns[(c * stride + i) * Step];
-  }
-  for (int c = 0; c < N; ++c) out[c * Step] = even[c] + odd[c];
 }
 
 // out[i] = Σ_c columns[c][i] row[c], cols ≥ 1.

@@ -368,7 +368,7 @@ class Compressor {
     Vec<T> kept[N], energy[N], some[N], row[N];
     for (int b = 0; b < N; ++b) {
       kept[b] = c + b < live_ ? half(kept_, g, c + b) : Vec<T>{};
-      energy[b] = some[b] = Vec<T>{};
+      energy[b] = some[b] = row[b] = Vec<T>{};
     }
     for (int64_t i = 0; i < n_; ++i) {
       dots_with<N, 1>(group.x + i * task_, u_ + c * r_, r_, r_, row);

@@ -14,6 +14,9 @@
 namespace rmm {
 namespace RMM_ISA {
 
+// So many terms are summed up one by one; longer sums in parts, which round less: of like terms all roundings may go one way.
+constexpr int64_t kLongSum = 16;
+
 template <class V>
 RMM_INLINE V dot(const V* a, const V* b, int64_t rows) {
   V first{}, second{}, third{}, fourth{};  // four chains: one does not wait for the other, and each rounds less
@@ -88,12 +91,21 @@ RMM_INLINE void reflect_twice(const V* v, V tau_v, const V* w, V tau_w, V across
     along_v[c] = v[0] * columns[c * stride];
     along_w[c] = V{};
   }
-  for (int64_t i = 1; i < rows; ++i) {
-    const V vi = v[i], wi = w[i - 1];
+  for (int64_t i = 1; i < rows;) {
+    const int64_t end = i + kLongSum < rows ? i + kLongSum : rows;
+    V some_v[N], some_w[N];
+    for (int c = 0; c < N; ++c) some_v[c] = some_w[c] = V{};
+    for (; i < end; ++i) {
+      const V vi = v[i], wi = w[i - 1];
+      for (int c = 0; c < N; ++c) {
+        const V entry = columns[c * stride + i];
+        some_v[c] += vi * entry;
+        some_w[c] += wi * entry;
+      }
+    }
     for (int c = 0; c < N; ++c) {
-      const V entry = columns[c * stride + i];
-      along_v[c] += vi * entry;
-      along_w[c] += wi * entry;
+      along_v[c] += some_v[c];
+      along_w[c] += some_w[c];
     }
   }
   for (int c = 0; c < N; ++c) {
