@@ -15,8 +15,9 @@ using LargeTeam = Team<kLargeThreads, 8>;
 
 // Sizes, and where a block keeps what, in floats: in shared memory, or in a workspace where that does not hold it.
 struct Large {
-  int r, columns, k, p;     // k = min(r, columns); p vectors are wanted, up to r
-  bool tall;                // r ≥ columns
+  int r, columns, k, p;  // k = min(r, columns); p vectors are wanted, up to r
+  bool tall;             // r ≥ columns
+  float deficient = kDeficient;
   int stride, tile_stride;  // of columns in core, u; in the tile
   int tile, reflector;      // [kLargeChunk][tile_stride], [2][kReflector]: always shared, as are the next ones
   int norms, kept, order;   // [k] each
@@ -169,7 +170,7 @@ __device__ __forceinline__ void directions_of_core(const LargeTeam& team, const 
   int* const order = reinterpret_cast<int*>(shared + at.order);
   orthogonalise(team, at, core, norms);
   sort(team, at.k, norms, order);
-  keep(team, at.k, norms, order, kept);
+  keep(team, at.k, norms, order, at.deficient, kept);
   choose(team, core, at.stride, at.r, at.k, norms, order, kept, at.p, at.r, u, at.stride, room);
   for (int c = team.group; c < at.p; c += LargeTeam::kGroups) {
     finish_column(team, core, at.r, 0, at.stride, norms, u + c * at.stride, stored);

@@ -32,16 +32,7 @@ __device__ void right_vectors(const T& team, float* v, int v_stride, int k, int 
     if (team.lane == 0) sigma[c] = least;
     for (int i = team.lane; i < k; i += kLanes) vector[i] *= inverse;
     team.sync();
-    // In falling order of σ, so that the large ones stay as they are.
-    for (int pass = 0; pass < 2; ++pass) {
-      subtract(team, v, v_stride, k, c, vector, room);
-      if (team.dot(vector, vector, 0, k) > 1e4f * kEpsilon * kEpsilon) {
-        normalise(team, vector, k);
-      } else {
-        team.sync();
-        complete(team, v, v_stride, k, c, room);
-      }
-    }
+    orthonormalise(team, v, v_stride, k, c, room);
   }
 }
 
@@ -226,7 +217,7 @@ void launch_svd(const Queue& queue, const Svd& args, int most_teams, int64_t mos
 
 // Sets what of `args` is about a block's memory; whether there is room for it.
 bool place_large(SvdLarge& args, int64_t m, int64_t k, int64_t rank, int64_t most_floats) {
-  args.at = large_at(m, k, rank);
+  args.at = large_at(m, k, rank), args.at.deficient = 0;
   args.v_stride = static_cast<int>(k | 1);
   int64_t next = args.at.memory_end;
   args.v = take_floats(next, rank * args.v_stride), args.memory_end = take_floats(next, 0);
@@ -264,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd_op(Tensor x, int64_t rank) {
   if (in.dtype == Dtype::f64 || shorter > kLargest) return reference();
 
   Svd args{};
-  args.at = directions_at(m * k, m, k, rank, k);
+  args.at = directions_at(m * k, m, k, rank, k), args.at.deficient = 0;
   args.v = args.at.end, args.v_stride = static_cast<int>(k | 1);
   args.sigma = args.v + static_cast<int>(rank * (k | 1));
   args.scales = args.sigma + static_cast<int>(shorter);
