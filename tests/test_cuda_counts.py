@@ -35,7 +35,7 @@ def test_counts(case: Case) -> None:
     assert found.wavefronts <= 1.2
     assert set(found.coalescing) - {"copies"} == {"x", "basis", "coeff", "energy"}
     assert min(found.coalescing.values()) >= 0.9
-    passes = 3 if case.n >= 4 * case.r or case.r > 64 else 1  # over x, where its tasks come in chunks
+    passes = 3 if case.n >= 4 * case.r else 1  # over x, where its tasks come in chunks
     copied = 0 if "copies" not in found.coalescing else 2 if case.inside else 0.3  # written and read: all, or coefficients
     assert found.moved <= 1.05 * (passes + copied) * case.floor
 

@@ -181,19 +181,8 @@ __global__ void compress_team(const __grid_constant__ Compress args) {
     using Element = decltype(dtype);
     each_loaded<Element, true>(args.x, n, first, positions, thread, threads,
                                [&](int i, int position, int j, const float (&values)[kVector<Element>], int count) {
-                                 if (!args.x.positions_inside && count == kVector<Element> && r % 4 == 0) {
-                                   float* const to = places + position * place_size + i * r + j;
-#pragma unroll
-                                   for (int e = 0; e < kVector<Element>; e += 4) {
-                                     store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
-                                   }
-                                   return;
-                                 }
-                                 const bool inside = args.x.positions_inside;
                                  float* const to = places + position * place_size + i * r + j;
-                                 const int step = inside ? place_size : 1;
-                                 in_turn(values, count, inside ? position / kVector<Element> : 0,
-                                         [&](int e, float value) { to[e * step] = value; });
+                                 to_tile(args.x, position, values, count, to, place_size, r % 4 == 0);
                                });
   });
   __syncthreads();
@@ -346,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
   if (!fits_large(large, n, r, components, most_floats)) return reference();
   const int64_t floats = is_resident(large, most_floats) ? 0 : large.at.memory_end;
   return launch_all(0, floats, [&](const View& x, const View& basis, const View& coeff, const View& energy, float* workspace) {
-    large.x = plane_of(x), large.basis = plane_of(basis), large.coeff = coeff, large.energy = energy;
+    large.x = plane_of(permuted(x, 1, 0, 2)), large.basis = plane_of(basis), large.coeff = coeff, large.energy = energy;
     large.workspace = workspace;
     launch_large(queue, large, most_floats);
   });

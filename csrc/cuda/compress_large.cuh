@@ -6,7 +6,7 @@
 namespace rmm {
 
 struct CompressLarge {
-  Plane x, basis;      // [n, S, r], [p+1, S, r], ranks innermost
+  Plane x, basis;      // [S, n, r], [p+1, S, r], ranks innermost
   View coeff, energy;  // [n, p, S] in fp32, tasks innermost; [S, K]
   Large at;
   int n;
