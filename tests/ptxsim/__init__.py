@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 _SOURCE_DIR = Path(__file__).resolve().parent
-_SOURCES = ["ptxsim.cpp", "ptx_decoder.hpp", "ptx_handlers.hpp", "ptx_machine.hpp", "ptx_parser.hpp", "ptx_numeric.hpp"]
+_SOURCES = sorted(path.name for pattern in ("*.cpp", "*.hpp") for path in _SOURCE_DIR.glob(pattern))
 _FLAGS = [
     "-std=c++17",
     "-O2",
