@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kLargeThreads, 2) compress_large(const __grid_
         }
         square += some;
         const int i = first + team.in_group;
-        if (wanted && i < count) coefficients[c * args.coeff.stride[1] + begin + i] = mine * down2 * down1 + spoil;
+        if (wanted && i < count) coefficients[c + (begin + i) * args.coeff.stride[0]] = mine * down2 * down1 + spoil;
       }
       if (team.in_group == 0 && c < k) found[c] += negligible ? 0.0f : square;
     }

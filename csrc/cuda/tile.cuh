@@ -166,7 +166,7 @@ __device__ __forceinline__ void each_stored(const Plane& plane, int rows, int64_
 }
 
 // Coefficients [n, p, S] of tasks `begin` … and positions `first` …: get(i, c, position) with i and position from there. Stored
-// as T with positions innermost; in a workspace as fp32 with tasks innermost.
+// as T with positions innermost; in a workspace as fp32, with components innermost.
 template <class T, class Get>
 __device__ __forceinline__ void store_coefficients(const View& coeff, int64_t begin, int count, int p, int64_t first,
                                                    int positions, int thread, int threads, const Get& get) {
@@ -180,7 +180,7 @@ __device__ __forceinline__ void store_coefficients(const View& coeff, int64_t be
   } else {
     float* const to = reinterpret_cast<float*>(coeff.data) + start;
     for (int index = thread; index < count * p * positions; index += threads) {
-      const int i = index % count, row = index / count, c = row % p, position = row / p;
+      const int c = index % p, row = index / p, i = row % count, position = row / count;
       to[i * coeff.stride[0] + c * coeff.stride[1] + position * coeff.stride[2]] = get(i, c, position);
     }
   }
