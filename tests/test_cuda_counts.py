@@ -45,14 +45,15 @@ def test_counts(case: Case) -> None:
 def test_transposed_copies(dtype: torch.dtype) -> None:
     """Of x, basis and coefficients: 16 bytes a lane and whole sectors on both sides, no bank conflicts."""
     simulator.load()
-    x = torch.randn(80, 64, 80).to(dtype).mT.contiguous().mT
+    x = torch.randn(80, 16, 80).to(dtype).mT.contiguous().mT
     with simulator.settings(statistics=True, check=False) as launches:
         torch.ops.rmm_kernels.compress.cuda(x, 4)
     turns = [run for run in launches if "turn_kernel" in run["kernel"]]
     assert len(turns) == 3
     for run in turns:
-        for moved in (run["global"]["load"], run["global"]["store"]):
-            assert moved["efficiency"] >= 0.9 and moved["bytes"] >= 0.9 * moved["requests"] * 32 * 16
+        accesses = [row for row in run["per_instruction"] if row["sectors"]]
+        assert {row["class"].split()[0] for row in accesses} == {"load", "store"}
+        assert all(row["bytes"] == 16 * row["thread"] and row["ideal_sectors"] >= 0.9 * row["sectors"] for row in accesses)
         assert run["shared"]["wavefronts"] <= 1.1 * run["shared"]["ideal_wavefronts"]
 
 

@@ -174,6 +174,18 @@ def test_planted_bug_in_a_cluster_is_caught(name: str) -> None:
         forward(p)
 
 
+def test_dependent_launch() -> None:
+    """The expand that may start before the shrink has ended waits before it reads u, and fetches its basis before that."""
+    text = simulator.ptx_text(simulator.SOURCES, "lora_expand.cu", "sm_90")
+    p = make("some", torch.bfloat16)
+    expected, _ = forward(p)
+    with simulator.sm_90(simulator.kernels(text)):
+        assert_same_bits(forward(p, seed=1)[0], expected)
+    never = text.replace("griddepcontrol.wait;", "")
+    with simulator.sm_90(simulator.kernels(never)), pytest.raises(RuntimeError, match="no griddepcontrol.wait has come yet"):
+        forward(p)
+
+
 # What is taken out of a kernel, or changed in it, and the form that must show it.
 BUGS = {
     "shrink_wait": ("lora_shrink", "wait_copies<kShrinkStages - 2>();", "", "few"),

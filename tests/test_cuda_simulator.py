@@ -148,8 +148,8 @@ BUGS = {
     "tile read before all of it is there": (
         "turn.cu",
         "turn.cu",
-        "    __syncthreads();\n    with_dtype(args.to.view.dtype",
-        "    with_dtype(args.to.view.dtype",
+        "    __syncthreads();\n    with_dtype(to.dtype",
+        "    with_dtype(to.dtype",
         "compress-70x66-positions-inside",
         "data race|never written",
     ),

@@ -84,6 +84,7 @@ std::string describe(const LoadedModule& lm) {
 struct RegionArgument {
   u64 low, bytes, origin;
   const char* name;
+  u64 pending;  // not memory of this kernel, but a mark on it: see Region
 };
 struct LaunchArguments {
   u32 grid[3], block[3], cluster[3];
@@ -96,7 +97,7 @@ struct LaunchArguments {
 void collect_regions(Launch& launch, const LaunchArguments& a, const LoadedModule& lm) {
   std::vector<Region> all = lm.variables;
   for (u32 i = 0; i < a.region_count; ++i)
-    if (a.regions[i].bytes)
+    if (a.regions[i].bytes && !a.regions[i].pending)
       all.push_back({a.regions[i].low, a.regions[i].low + a.regions[i].bytes, a.regions[i].origin, a.regions[i].name, {}});
   all.push_back({(u64)launch.params.data(),
                  (u64)launch.params.data() + launch.params.size(),
@@ -112,6 +113,9 @@ void collect_regions(Launch& launch, const LaunchArguments& a, const LoadedModul
     } else
       launch.regions.push_back(r);
   }
+  for (u32 i = 0; i < a.region_count; ++i)
+    for (auto& r : launch.regions)
+      if (r.low < a.regions[i].low + a.regions[i].bytes && a.regions[i].low < r.high) r.pending |= (u32)a.regions[i].pending;
 }
 std::string run_launch(LoadedModule& lm, const std::string& kernel, const LaunchArguments& a) {
   auto it = lm.programs.find(kernel);
