@@ -182,7 +182,7 @@ def test_dependent_launch() -> None:
     with simulator.sm_90(simulator.kernels(text)):
         assert_same_bits(forward(p, seed=1)[0], expected)
     never = text.replace("griddepcontrol.wait;", "")
-    with simulator.sm_90(simulator.kernels(never)), pytest.raises(RuntimeError, match="no griddepcontrol.wait has come yet"):
+    with simulator.sm_90(simulator.kernels(never)), pytest.raises(RuntimeError, match="no griddepcontrol"):
         forward(p)
 
 

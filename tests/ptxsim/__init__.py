@@ -88,7 +88,13 @@ def _compile_core():
 
 
 class _Region(ctypes.Structure):
-    _fields_ = [("low", ctypes.c_uint64), ("bytes", ctypes.c_uint64), ("origin", ctypes.c_uint64), ("name", ctypes.c_char_p), ("pending", ctypes.c_uint64)]
+    _fields_ = [
+        ("low", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+        ("origin", ctypes.c_uint64),
+        ("name", ctypes.c_char_p),
+        ("pending", ctypes.c_uint64),
+    ]
 
 
 class _LaunchArguments(ctypes.Structure):
