@@ -37,6 +37,7 @@ FLAGS = [
     "-O3",
     "-gencode=arch=compute_80,code=compute_80",
     "-DRMM_SIMULATED=1",
+    "-DRMM_PDL=1",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
     "-diag-suppress=1394,1388",
     "-Xcompiler=-fPIC",
@@ -82,6 +83,8 @@ class Simulated:
 
     def __init__(self, folder: Path) -> None:
         self.kernels: dict[str, Any] = {}
+        self.arch = 80
+        self.before: dict[str, list[_Memory]] = {}  # what the last kernel wrote and read, on sm_90
         for path in sorted(folder.glob("*.ptx")):
             module = ptxsim.Module(path.read_text())
             self.kernels |= dict.fromkeys(module.kernels, module)
@@ -95,7 +98,9 @@ class Simulated:
         try:
             name = self.library.rmm_kernel_name(kernel).decode()
             memory = [_Memory(regions[i].low, regions[i].bytes, regions[i].origin) for i in range(region_count)]
-            stats = self.kernels[name].launch(
+            module = self.kernels[name]
+            dependent = shape[7] and int(module.target.split(",")[0][3:5]) >= 90
+            stats = module.launch(
                 name,
                 tuple(shape[0:3]),
                 tuple(shape[3:6]),
@@ -103,11 +108,17 @@ class Simulated:
                 shared_bytes=shared,
                 seed=_settings.seed,
                 check=_settings.check,
-                statistics=_settings.statistics,
+                statistics=_settings.statistics or self.arch >= 90,
                 extra_memory=memory,
+                **self.before if dependent else {},
                 allow_early_exit=True,
                 cluster=(1, shape[6], 1),
             )
+            self.before = {"pending_writes": [], "pending_reads": []}
+            for row in stats["regions"]:
+                for index in re.findall(r"extra memory (\d+)", row["region"]):
+                    way = "pending_writes" if row["class"].startswith(("store", "atomic")) else "pending_reads"
+                    self.before[way].append(memory[int(index)])
             if _settings.statistics:
                 _settings.launches.append(stats)
         except BaseException as raised:
@@ -118,6 +129,7 @@ class Simulated:
 
     def device(self, arch: int, shared_bytes: int) -> None:
         """What launch.h's device() says from now on; at first an A100's, 80 and 163 KiB."""
+        self.arch = arch
         self.library.rmm_simulated_device(arch, shared_bytes)
 
 
@@ -226,14 +238,24 @@ class _Memory:
         self.extent = (low, low, size, origin)
 
 
-def ptx(sources: Path, file: str, arch: str) -> dict[str, Any]:
-    """The kernels of a file of `sources` as nvcc makes them for `arch`, by name."""
+def ptx_text(sources: Path, file: str, arch: str) -> str:
+    """What nvcc makes of a file of `sources` for `arch`."""
     include = ["-isystem", str(Path(torch.__file__).parent / "include")]
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "kernels.ptx"
         _nvcc(*FLAGS[:2], f"-arch={arch}", *FLAGS[3:], *include, "-ptx", str(sources / file), "-o", str(out))
-        module = ptxsim.Module(out.read_text())
+        return out.read_text()
+
+
+def kernels(text: str) -> dict[str, Any]:
+    """The kernels of such a text, by name."""
+    module = ptxsim.Module(text)
     return dict.fromkeys(module.kernels, module)
+
+
+def ptx(sources: Path, file: str, arch: str) -> dict[str, Any]:
+    """The kernels of a file of `sources` as nvcc makes them for `arch`, by name."""
+    return kernels(ptx_text(sources, file, arch))
 
 
 @contextmanager

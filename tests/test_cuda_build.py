@@ -109,6 +109,7 @@ def test_nothing_spills_and_registers_are_as_meant(add_row: AddRow) -> None:
         "gram",
         "truncated_svd",
         "truncated_svd_large",
+        "turn_kernel",
     ],
 )
 def test_global_loads_of_16_bytes(kernel: str) -> None:

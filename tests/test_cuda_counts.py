@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import simulator
+import torch
 
 from benchmarks import cuda_counts
 from benchmarks.cuda_counts import Case
@@ -35,9 +36,25 @@ def test_counts(case: Case) -> None:
     assert found.wavefronts <= 1.2
     assert set(found.coalescing) - {"copies"} == {"x", "basis", "coeff", "energy"}
     assert min(found.coalescing.values()) >= 0.9
-    passes = 3 if case.n >= 4 * case.r or case.r > 64 else 1  # over x, where its tasks come in chunks
+    passes = 3 if case.n >= 4 * case.r else 1  # over x, where its tasks come in chunks
     copied = 0 if "copies" not in found.coalescing else 2 if case.inside else 0.3  # written and read: all, or coefficients
     assert found.moved <= 1.05 * (passes + copied) * case.floor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transposed_copies(dtype: torch.dtype) -> None:
+    """Of x, basis and coefficients: 16 bytes a lane and whole sectors on both sides, no bank conflicts."""
+    simulator.load()
+    x = torch.randn(80, 16, 80).to(dtype).mT.contiguous().mT
+    with simulator.settings(statistics=True, check=False) as launches:
+        torch.ops.rmm_kernels.compress.cuda(x, 4)
+    turns = [run for run in launches if "turn_kernel" in run["kernel"]]
+    assert len(turns) == 3
+    for run in turns:
+        accesses = [row for row in run["per_instruction"] if row["sectors"]]
+        assert {row["class"].split()[0] for row in accesses} == {"load", "store"}
+        assert all(row["bytes"] == 16 * row["thread"] and row["ideal_sectors"] >= 0.9 * row["sectors"] for row in accesses)
+        assert run["shared"]["wavefronts"] <= 1.1 * run["shared"]["ideal_wavefronts"]
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["ranks", "positions"])

@@ -174,6 +174,33 @@ def test_planted_bug_in_a_cluster_is_caught(name: str) -> None:
         forward(p)
 
 
+@pytest.fixture(scope="module")
+def expand_sm_90() -> str:
+    return simulator.ptx_text(simulator.SOURCES, "lora_expand.cu", "sm_90")
+
+
+def test_dependent_launch(expand_sm_90: str) -> None:
+    """The expand that may start before the shrink has ended waits before it reads u, and fetches its basis before that."""
+    text = expand_sm_90
+    p = make("some", torch.bfloat16)
+    expected, _ = forward(p)
+    with simulator.sm_90(simulator.kernels(text)):
+        assert_same_bits(forward(p, seed=1)[0], expected)
+    never = text.replace("griddepcontrol.wait;", "")
+    with simulator.sm_90(simulator.kernels(never)), pytest.raises(RuntimeError, match="no griddepcontrol"):
+        forward(p)
+
+
+def test_expand_alone_is_not_dependent(expand_sm_90: str) -> None:
+    """The kernel before it may be anybody's, and may write the basis."""
+    ids = torch.arange(3)
+    y, u, coeff, scaling = ops.randn(3, 37, seed=97), ops.randn(3, 16, seed=98), ops.randn(3, 2, 37, seed=99), torch.ones(3)
+    simulator.load()
+    with simulator.sm_90(simulator.kernels(expand_sm_90)):
+        basis = torch.ops.rmm_kernels.reconstruct.cuda(ops.randn(3, 37, 16, seed=1), ops.randn(3, 2, 37, seed=2), ids)
+        torch.ops.rmm_kernels.lora_expand_.cuda(y, u, basis, coeff, ids, scaling)
+
+
 # What is taken out of a kernel, or changed in it, and the form that must show it.
 BUGS = {
     "shrink_wait": ("lora_shrink", "wait_copies<kShrinkStages - 2>();", "", "few"),

@@ -181,19 +181,8 @@ __global__ void compress_team(const __grid_constant__ Compress args) {
     using Element = decltype(dtype);
     each_loaded<Element, true>(args.x, n, first, positions, thread, threads,
                                [&](int i, int position, int j, const float (&values)[kVector<Element>], int count) {
-                                 if (!args.x.positions_inside && count == kVector<Element> && r % 4 == 0) {
-                                   float* const to = places + position * place_size + i * r + j;
-#pragma unroll
-                                   for (int e = 0; e < kVector<Element>; e += 4) {
-                                     store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
-                                   }
-                                   return;
-                                 }
-                                 const bool inside = args.x.positions_inside;
                                  float* const to = places + position * place_size + i * r + j;
-                                 const int step = inside ? place_size : 1;
-                                 in_turn(values, count, inside ? position / kVector<Element> : 0,
-                                         [&](int e, float value) { to[e * step] = value; });
+                                 to_tile(args.x, position, values, count, to, place_size, r % 4 == 0);
                                });
   });
   __syncthreads();
@@ -258,21 +247,24 @@ void run_turned(Queue& queue, const Tensor& like, const View& x, const View& bas
   const int64_t some = at_a_time(positions, copies + (n * p + floats) * static_cast<int64_t>(sizeof(float)));
   const Tensor x_copy = torch::stable::new_empty(like, {inside ? n : 0, some, r});
   const Tensor basis_copy = torch::stable::new_empty(like, {inside ? p + 1 : 0, some, r});
-  const Tensor coeff_copy = torch::stable::new_empty(like, {some, p, n}, ScalarType::Float);
+  const Tensor coeff_copy = torch::stable::new_empty(like, {some, n, p}, ScalarType::Float);
   const Tensor workspace = torch::stable::new_empty(like, {some, floats}, ScalarType::Float);
   for (const Tensor& tensor : {x_copy, basis_copy, coeff_copy, workspace}) queue.touches(tensor);
   for (int64_t first = 0; first < positions; first += some) {
     const int64_t count = std::min(some, positions - first);
     View of_x = narrowed(x, 1, first, count), of_basis = narrowed(basis, 1, first, count);
     const View to_basis = of_basis, to_coeff = narrowed(coeff, 2, first, count);
-    const View of_coeff = permuted(narrowed(view(coeff_copy, 3, "coefficients"), 0, 0, count), 2, 1, 0);
+    const View of_coeff = permuted(narrowed(view(coeff_copy, 3, "coefficients"), 0, 0, count), 1, 2, 0);
     if (inside) {
       of_x = narrowed(view(x_copy, 3, "x"), 1, 0, count), of_basis = narrowed(view(basis_copy, 3, "basis"), 1, 0, count);
       turn(queue, permuted(narrowed(x, 1, first, count), 0, 2, 1), permuted(of_x, 0, 2, 1));
     }
     run(of_x, of_basis, of_coeff, narrowed(energy, 0, first, count), static_cast<float*>(workspace.data_ptr()));
     if (inside) turn(queue, of_basis, to_basis);
-    turn(queue, permuted(of_coeff, 1, 2, 0), permuted(to_coeff, 1, 2, 0));
+    const auto matrix = [&](const View& of) {  // [1, S, n p]
+      return View{of.data, of.dtype, {1, count, n * p}, {0, of.stride[2], of.stride[1]}};
+    };
+    turn(queue, matrix(of_coeff), matrix(to_coeff));
   }
 }
 
@@ -346,7 +338,7 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
   if (!fits_large(large, n, r, components, most_floats)) return reference();
   const int64_t floats = is_resident(large, most_floats) ? 0 : large.at.memory_end;
   return launch_all(0, floats, [&](const View& x, const View& basis, const View& coeff, const View& energy, float* workspace) {
-    large.x = plane_of(x), large.basis = plane_of(basis), large.coeff = coeff, large.energy = energy;
+    large.x = plane_of(permuted(x, 1, 0, 2)), large.basis = plane_of(basis), large.coeff = coeff, large.energy = energy;
     large.workspace = workspace;
     launch_large(queue, large, most_floats);
   });

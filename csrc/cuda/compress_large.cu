@@ -1,5 +1,6 @@
 // compress with a position per block (large.cuh), for what teams of lanes are too small for. Tasks come by in chunks, three
-// times: for the mean, for the columns of the matrix or their R, and for coefficients and energies.
+// times, from memory or from the tile that holds all of them: for the mean, for the columns of the matrix or their R, and for
+// coefficients and energies.
 
 #include "compress_large.cuh"
 
@@ -14,52 +15,25 @@ __global__ void __launch_bounds__(kLargeThreads, 2) compress_large(const __grid_
   const int n = args.n, r = at.r, k = at.k, p = at.p, thread = static_cast<int>(threadIdx.x);
   const int64_t position = blockIdx.x;
   float* const memory = Resident ? shared + args.end : args.workspace + position * at.memory_end;
-  float *const core = memory + at.core, *const u = memory + at.u, *const tile = shared + at.tile;
+  float *const core = memory + at.core, *const u = memory + at.u;
   float *const mean_of = shared + args.mean, *const high_of = shared + args.taken, *const low_of = high_of + r;
   float *const lift_of = shared + args.lift, *const found = shared + args.found;
   const LargeTeam team(thread);
 
-  // work(begin, count): on each chunk of tasks, once it is in the tile.
-  const auto each_chunk = [&](const auto& work) {
-#pragma unroll 1
-    for (int begin = 0; begin < n; begin += kLargeChunk) {
-      const int count = n - begin < kLargeChunk ? n - begin : kLargeChunk;
-      __syncthreads();  // the last chunk is used
-      with_dtype(args.x.view.dtype, [&](auto dtype) {
-        using Element = decltype(dtype);
-        Plane chunk = args.x;
-        chunk.view.data += begin * chunk.view.stride[0] * static_cast<int64_t>(sizeof(Element));
-        each_loaded<Element>(chunk, count, position, 1, thread, kLargeThreads,
-                             [&](int i, int, int j, const float (&values)[kVector<Element>], int some) {
-                               float* const to = tile + i * at.tile_stride + j;
-#pragma unroll
-                               for (int e = 0; e < kVector<Element>; e += 4) {
-                                 if (some == kVector<Element>) {
-                                   store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
-                                 } else {
-#pragma unroll
-                                   for (int f = e; f < e + 4; ++f) {
-                                     if (f < some) to[f] = values[f];
-                                   }
-                                 }
-                               }
-                             });
-      });
-      __syncthreads();
-      work(begin, count);
-    }
+  const auto each_task = [&](bool again, const auto& work) {
+    each_chunk(args.x, position, n, at, shared + at.tile, again, work);
   };
 
   // In fp64 no sum overflows, and that of equal values is exact. They are where the core will be.
   double* const sum_of = reinterpret_cast<double*>(core);
   float *const least_of = core + 2 * r, *const most_of = least_of + r;
   for (int j = thread; j < r; j += kLargeThreads) sum_of[j] = 0, least_of[j] = 3.4028235e38f, most_of[j] = -3.4028235e38f;
-  each_chunk([&](int, int count) {
+  each_task(false, [&](int, int count, const float* x) {
     for (int j = thread; j < r; j += kLargeThreads) {
       double sum = sum_of[j];
       float least = least_of[j], most = most_of[j];
       for (int i = 0; i < count; ++i) {
-        const float value = tile[i * at.tile_stride + j];
+        const float value = x[i * at.tile_stride + j];
         sum += static_cast<double>(value);
         least = fminf(least, value);
         most = fmaxf(most, value);
@@ -86,7 +60,9 @@ __global__ void __launch_bounds__(kLargeThreads, 2) compress_large(const __grid_
     high_of[j] = static_cast<float>(scaled);
     low_of[j] = static_cast<float>(scaled - high_of[j]);
   }
-  const auto centred = [&](int i, int j) { return of.centred(tile[i * at.tile_stride + j], high_of[j], low_of[j]); };
+  const auto centred = [&](const float* x, int i, int j) {
+    return of.centred(x[i * at.tile_stride + j], high_of[j], low_of[j]);
+  };
 
   // Where the matrix is tall its columns are Helmert's, one less than there are tasks; R takes all tasks as they are.
   __syncthreads();  // the sums are read
@@ -94,14 +70,16 @@ __global__ void __launch_bounds__(kLargeThreads, 2) compress_large(const __grid_
     for (int index = thread; index < k * at.stride; index += kLargeThreads) core[index] = 0;
   }
   for (int c = thread; c < k; c += kLargeThreads) found[c] = 0;
-  each_chunk([&](int begin, int count) {
-    if (!at.tall) return add_columns(team, at, core, shared + at.reflector, begin, count, centred);
+  each_task(true, [&](int begin, int count, const float* x) {
+    if (!at.tall) {
+      return add_columns(team, at, core, shared + at.reflector, begin, count, [&](int i, int j) { return centred(x, i, j); });
+    }
     const int skipped = begin == 0 ? 1 : 0;
     if (begin == 0) {
-      for (int j = thread; j < r; j += kLargeThreads) lift_of[j] = args.spread * centred(0, j);
+      for (int j = thread; j < r; j += kLargeThreads) lift_of[j] = args.spread * centred(x, 0, j);
     }
     add_columns(team, at, core, shared + at.reflector, begin == 0 ? 0 : begin - 1, count - skipped,
-                [&](int i, int j) { return centred(i + skipped, j) + lift_of[j]; });
+                [&](int i, int j) { return centred(x, i + skipped, j) + lift_of[j]; });
   });
   __syncthreads();
   directions_of_core(team, at, shared, core, u, args.basis.view.dtype);
@@ -111,9 +89,9 @@ __global__ void __launch_bounds__(kLargeThreads, 2) compress_large(const __grid_
   const float *const kept = shared + at.kept, *const norms = shared + at.norms;
   const int* const order = reinterpret_cast<const int*>(shared + at.order);
   float* const coefficients = reinterpret_cast<float*>(args.coeff.data) + position * args.coeff.stride[2];
-  each_chunk([&](int begin, int count) {
+  each_task(true, [&](int begin, int count, float* x) {
     for (int j = thread; j < r; j += kLargeThreads) {
-      for (int i = 0; i < kLargeChunk; ++i) tile[i * at.tile_stride + j] = i < count ? centred(i, j) : 0.0f;
+      for (int i = 0; i < kLargeChunk; ++i) x[i * at.tile_stride + j] = i < count ? centred(x, i, j) : 0.0f;
     }
     __syncthreads();
     constexpr int kTogether = LargeTeam::kGroup;
@@ -128,7 +106,7 @@ __global__ void __launch_bounds__(kLargeThreads, 2) compress_large(const __grid_
         for (int j = team.in_group; j < r; j += LargeTeam::kGroup) {
           const float along = vector[j];
 #pragma unroll
-          for (int e = 0; e < kTogether; ++e) values[e] = fmaf(along, tile[(first + e) * at.tile_stride + j], values[e]);
+          for (int e = 0; e < kTogether; ++e) values[e] = fmaf(along, x[(first + e) * at.tile_stride + j], values[e]);
         }
         float some = 0, mine = 0;
 #pragma unroll
@@ -139,7 +117,7 @@ __global__ void __launch_bounds__(kLargeThreads, 2) compress_large(const __grid_
         }
         square += some;
         const int i = first + team.in_group;
-        if (wanted && i < count) coefficients[c * args.coeff.stride[1] + begin + i] = mine * down2 * down1 + spoil;
+        if (wanted && i < count) coefficients[c + (begin + i) * args.coeff.stride[0]] = mine * down2 * down1 + spoil;
       }
       if (team.in_group == 0 && c < k) found[c] += negligible ? 0.0f : square;
     }
@@ -163,7 +141,9 @@ bool fits_large(CompressLarge& args, int64_t n, int64_t r, int64_t p, int64_t mo
   args.at = large_at(r, n - 1 <= r ? n - 1 : n, p);
   int64_t next = args.at.shared_end;
   args.mean = take_floats(next, r), args.taken = take_floats(next, 2 * r), args.lift = take_floats(next, r);
-  args.found = take_floats(next, args.at.k), args.end = take_floats(next, 0);
+  args.found = take_floats(next, args.at.k);
+  place_tile(args.at, n, next, most_floats);
+  args.end = take_floats(next, 0);
   return args.at.k >= kLargeThreads / 32 && args.at.k <= kLargest && next <= most_floats;  // found: of warps, too
 }
 
@@ -174,7 +154,7 @@ bool is_resident(const CompressLarge& args, int64_t most_floats) {
 void launch_large(const Queue& queue, const CompressLarge& args, int64_t most_floats) {
   const bool resident = is_resident(args, most_floats);
   const int64_t floats = args.end + (resident ? static_cast<int64_t>(args.at.memory_end) : 0);
-  queue.launch({blocks(args.x.view.size[1], 1), kLargeThreads, static_cast<size_t>(floats) * sizeof(float)},
+  queue.launch({blocks(args.x.view.size[0], 1), kLargeThreads, static_cast<size_t>(floats) * sizeof(float)},
                resident ? compress_large<true> : compress_large<false>, args);
 }
 

@@ -6,8 +6,8 @@
 namespace rmm {
 
 struct CompressLarge {
-  Plane x, basis;      // [n, S, r], [p+1, S, r], ranks innermost
-  View coeff, energy;  // [n, p, S] in fp32, tasks innermost; [S, K]
+  Plane x, basis;      // [S, n, r], [p+1, S, r], ranks innermost
+  View coeff, energy;  // [n, p, S] in fp32, components innermost; [S, K]
   Large at;
   int n;
   float spread;  // 1 / (√n − 1)

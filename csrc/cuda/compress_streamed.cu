@@ -71,39 +71,17 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
   float *const mean_of = memory + args.mean, *const coefficients = memory + args.coefficients;
   float *const energies = memory + args.energies, *const found = energies + r;
 
-  // work(begin, count): on each chunk of tasks, once it is in the tiles.
-  const auto each_chunk = [&](const auto& work) {
-#pragma unroll 1
-    for (int begin = 0; begin < n; begin += kChunk) {
-      const int count = n - begin < kChunk ? n - begin : kChunk;
-      __syncthreads();  // the last chunk is used
-      with_dtype(args.x.view.dtype, [&](auto dtype) {
-        using Element = decltype(dtype);
-        constexpr int kWidth = kVector<Element>;
-        Plane chunk = args.x;
-        chunk.view.data += begin * chunk.view.stride[0] * static_cast<int64_t>(sizeof(Element));
-        each_loaded<Element, true>(chunk, count, first, positions, thread, threads,
-                                   [&](int i, int position, int j, const float (&values)[kWidth], int some) {
-                                     float* const to = all + position * args.team_size + args.tile + i * args.tile_stride + j;
-                                     if (chunk.positions_inside) {
-                                       in_turn(values, some, position / kWidth,
-                                               [&](int e, float value) { to[e * args.team_size] = value; });
-                                     } else if (some == kWidth) {
-#pragma unroll
-                                       for (int e = 0; e < kWidth; e += 4) {
-                                         store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
-                                       }
-                                     } else {
-#pragma unroll
-                                       for (int e = 0; e < kWidth; ++e) {
-                                         if (e < some) to[e] = values[e];
-                                       }
-                                     }
-                                   });
-      });
-      __syncthreads();
-      work(begin, count);
-    }
+  const auto load = [&](int begin, int count) {
+    with_dtype(args.x.view.dtype, [&](auto dtype) {
+      using Element = decltype(dtype);
+      Plane chunk = args.x;
+      chunk.view.data += begin * chunk.view.stride[0] * static_cast<int64_t>(sizeof(Element));
+      each_loaded<Element, true>(chunk, count, first, positions, thread, threads,
+                                 [&](int i, int position, int j, const float (&values)[kVector<Element>], int some) {
+                                   float* const to = all + position * args.team_size + args.tile + i * args.tile_stride + j;
+                                   to_tile(chunk, position, values, some, to, args.team_size);
+                                 });
+    });
   };
 
   // In fp64 no sum overflows, and that of equal values is exact.
@@ -111,7 +89,7 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
   float least[Columns], most[Columns];
 #pragma unroll
   for (int t = 0; t < Columns; ++t) least[t] = 3.4028235e38f, most[t] = -3.4028235e38f;
-  each_chunk([&](int, int count) {
+  each_chunk<kChunk>(n, load, [&](int, int count) {
     if (!here) return;
 #pragma unroll 4
     for (int i = 0; i < count; ++i) {
@@ -153,7 +131,7 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
   }
 
   float diagonal[Columns] = {};
-  each_chunk([&](int, int count) {
+  each_chunk<kChunk>(n, load, [&](int, int count) {
     if (!here) return;
     float a[Columns][kChunk];
 #pragma unroll
@@ -183,7 +161,7 @@ __global__ void compress_streamed(const __grid_constant__ CompressStreamed args)
   const float spoil = position.finite ? 0.0f : __int_as_float(0x7fffffff);
   const float down1 = position.scale.down1, down2 = position.scale.down2;
   const float* const kept = memory + at.kept;
-  each_chunk([&](int begin, int count) {
+  each_chunk<kChunk>(n, load, [&](int begin, int count) {
     if (here) {
 #pragma unroll
       for (int t = 0; t < Columns; ++t) {

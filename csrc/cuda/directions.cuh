@@ -18,6 +18,7 @@ struct Directions {
   int room;                               // [max(k, what the kernel wants)]
   int end;
   bool tall;  // R is Y's; else Yᵀ's
+  float deficient = kDeficient;
 };
 
 // Lanes that finish a vector together: there may be few vectors.
@@ -67,12 +68,12 @@ struct Streamed {
   }
 };
 
-// kept[c], c in falling order: whether a column's norm is not negligible.
+// kept[c], c in falling order: whether a column's norm is not negligible, so not below the fraction `deficient` of the largest.
 template <class T>
-__device__ void keep(const T& team, int k, const float* norms, const int* order, float* kept) {
+__device__ void keep(const T& team, int k, const float* norms, const int* order, float deficient, float* kept) {
   for (int c = team.lane; c < k; c += T::kGroup * T::kGroups) {
     const float norm = norms[order[c]], first = norms[order[0]];
-    kept[c] = norm > kDeficient * kDeficient * first && norm > kTiny ? 1.0f : 0.0f;
+    kept[c] = norm > deficient * deficient * first && norm > kTiny ? 1.0f : 0.0f;
   }
   team.sync();
 }
@@ -91,7 +92,7 @@ __device__ void choose(const T& team, const float* core, int core_stride, int ro
       const float inverse = exact_rsqrt(norms[order[c]]);
       for (int i = team.lane; i < rows; i += kLanes) vector[i] = column[i] * inverse;
       team.sync();
-      subtract(team, u, u_stride, rows, c, vector, room);
+      if (c > 0) orthonormalise(team, u, u_stride, rows, c, room);
     } else {
       complete(team, u, u_stride, rows, c, room);
     }
@@ -120,7 +121,7 @@ __device__ void directions_of_triangle(const T& team, const Directions& d, float
   team.sync();
   orthogonalise(team, core, d.k, d.core_stride, norms);
   sort(team, d.k, norms, order);
-  keep(team, d.k, norms, order, kept);
+  keep(team, d.k, norms, order, d.deficient, kept);
   // The columns' own norms carry what all rotations rounded; so Yᵀu with u along a column, from R. A negligible column has
   // no direction of its own; its norm will do.
   for (int c = team.group; c < d.k; c += T::kGroups) {

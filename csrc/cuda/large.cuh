@@ -15,12 +15,15 @@ using LargeTeam = Team<kLargeThreads, 8>;
 
 // Sizes, and where a block keeps what, in floats: in shared memory, or in a workspace where that does not hold it.
 struct Large {
-  int r, columns, k, p;     // k = min(r, columns); p vectors are wanted, up to r
-  bool tall;                // r ≥ columns
+  int r, columns, k, p;  // k = min(r, columns); p vectors are wanted, up to r
+  bool tall;             // r ≥ columns
+  float deficient = kDeficient;
   int stride, tile_stride;  // of columns in core, u; in the tile
-  int tile, reflector;      // [kLargeChunk][tile_stride], [2][kReflector]: always shared, as are the next ones
+  int reflector;            // [2][kReflector]: always shared, as are the next ones
   int norms, kept, order;   // [k] each
   int room, shared_end;     // [max(r, p)]
+  int tile;                 // [kLargeChunk, or as many as there are][tile_stride]
+  bool whole;               // all columns have room in the tile, and are brought in once
   int core, u, memory_end;  // [k slots][stride], [p][stride], from the start of the memory that may be either
 };
 constexpr int kReflector = kLargeChunk + 4;
@@ -40,13 +43,43 @@ inline Large large_at(int64_t r, int64_t columns, int64_t p) {
   at.stride = static_cast<int>(column_stride(r, LargeTeam::kGroup));
   at.tile_stride = static_cast<int>((r + 3) / 8 * 8 + 4);
   int64_t next = 0;
-  at.tile = take_floats(next, kLargeChunk * at.tile_stride), at.reflector = take_floats(next, 2 * kReflector);
+  at.reflector = take_floats(next, 2 * kReflector);
   at.norms = take_floats(next, k), at.kept = take_floats(next, k), at.order = take_floats(next, k);
   at.room = take_floats(next, r < p ? p : r), at.shared_end = static_cast<int>(next);
   next = 0;
   at.core = take_floats(next, k * at.stride), at.u = take_floats(next, p * at.stride);
   at.memory_end = static_cast<int>(next);
   return at;
+}
+
+// Places the tile, last in shared memory, for chunks of `columns`; for all of them where as many blocks have room then. Two
+// blocks at most: they have no registers for more.
+inline void place_tile(Large& at, int64_t columns, int64_t& next, int64_t most_floats) {
+  const int64_t rest = next + at.memory_end, chunk = kLargeChunk * at.tile_stride;
+  const int64_t chunks = (columns + kLargeChunk - 1) / kLargeChunk;
+  at.whole = rest + chunks * chunk <= (rest + chunk <= most_floats / 2 ? most_floats / 2 : most_floats);
+  at.tile = take_floats(next, at.whole ? chunks * chunk : chunk);
+}
+
+// work(begin, count, columns): on each chunk of a matrix of `x` [matrices, columns, rows], once it is in the tile, from
+// columns[0] on. `again`: not for the first time.
+template <class Work>
+__device__ __forceinline__ void each_chunk(const Plane& x, int64_t matrix, int all, const Large& at, float* tile, bool again,
+                                           const Work& work) {
+  const auto place = [&](int begin) { return tile + (at.whole ? begin * at.tile_stride : 0); };
+  const auto load = [&](int begin, int count) {
+    if (again && at.whole) return;
+    with_dtype(x.view.dtype, [&](auto dtype) {
+      using Element = decltype(dtype);
+      Plane chunk = x;  // its columns are the positions of one row of it
+      chunk.view.data += (matrix * x.view.stride[0] + begin * x.view.stride[1]) * static_cast<int64_t>(sizeof(Element));
+      each_loaded<Element>(chunk, 1, 0, count, static_cast<int>(threadIdx.x), kLargeThreads,
+                           [&](int, int i, int j, const float (&values)[kVector<Element>], int some) {
+                             to_tile(chunk, i, values, some, place(begin) + i * at.tile_stride + j, at.tile_stride);
+                           });
+    });
+  };
+  each_chunk<kLargeChunk>(all, load, [&](int begin, int count) { work(begin, count, place(begin)); });
 }
 
 // The columns `begin` … `begin + count` − 1 of the matrix, of which value(i, j) is the entry of the (begin + i)-th in row j, go
@@ -169,7 +202,7 @@ __device__ __forceinline__ void directions_of_core(const LargeTeam& team, const 
   int* const order = reinterpret_cast<int*>(shared + at.order);
   orthogonalise(team, at, core, norms);
   sort(team, at.k, norms, order);
-  keep(team, at.k, norms, order, kept);
+  keep(team, at.k, norms, order, at.deficient, kept);
   choose(team, core, at.stride, at.r, at.k, norms, order, kept, at.p, at.r, u, at.stride, room);
   for (int c = team.group; c < at.p; c += LargeTeam::kGroups) {
     finish_column(team, core, at.r, 0, at.stride, norms, u + c * at.stride, stored);

@@ -47,7 +47,7 @@ struct Region {
   size_t bytes;
   const void* origin;  // where its allocation starts
 };
-using Callback = int (*)(const void* kernel, const unsigned* blocks_threads_cluster, size_t shared_bytes,
+using Callback = int (*)(const void* kernel, const unsigned* blocks_threads_cluster_dependent, size_t shared_bytes,
                          const void* const* arguments, const size_t* argument_bytes, int arguments_count, const Region* regions,
                          int region_count, char* error, size_t error_bytes);
 extern Callback callback;
@@ -126,7 +126,7 @@ class Queue {
 #ifdef RMM_SIMULATED
     const size_t sizes[] = {sizeof parameters...};
     const unsigned shape[] = {grid.blocks.x,  grid.blocks.y,  grid.blocks.z, grid.threads.x,
-                              grid.threads.y, grid.threads.z, grid.cluster};
+                              grid.threads.y, grid.threads.z, grid.cluster,  grid.dependent};
     char error[2048] = "no simulator";
     const bool done = detail::callback != nullptr &&
                       detail::callback(kernel, shape, grid.shared_bytes, values, sizes, sizeof...(parameters), regions_.data(),

@@ -48,8 +48,9 @@ Tensor run_shrink(Queue& queue, const Tensor& like, const View& x, const View& b
                   Slices& u);
 // The slices that run_shrink wrote become one, whose memory is returned; rows of tokens without a task are 0.
 Tensor run_sum(Queue& queue, const Tensor& like, const Ids& ids, int64_t tasks, Slices& u);
+// after_own: the kernel before it in the stream is one of the above, and writes none of its tensors but u.
 void run_expand(const Queue& queue, const View& y, const Slices& u, const View& basis_b, const View& coeff_b, const Ids& ids,
-                const View& scaling);
+                const View& scaling, bool after_own);
 
 void check_shrink(const View& x, const View& basis_a, const View& coeff_a, const Ids& ids);
 void check_expand(const View& y, const View& basis_b, const View& coeff_b, const Ids& ids, const View& scaling);

@@ -408,7 +408,7 @@ void check_expand(const View& y, const View& basis_b, const View& coeff_b, const
 namespace {
 
 template <class T, bool Many>
-void launch_expand(const Queue& queue, ExpandArgs args) {
+void launch_expand(const Queue& queue, ExpandArgs args, [[maybe_unused]] bool after_own) {
   constexpr int kWarps = kExpandWarps<Many>;
   const int64_t tiles = blocks(args.ids.size, args.tile);
   while (args.token_warps < kWarps && args.token_warps < tiles) args.token_warps *= 2;
@@ -416,7 +416,7 @@ void launch_expand(const Queue& queue, ExpandArgs args) {
   const int64_t positions = blocks(args.width, kWarps / args.token_warps * 8 * kPack<T>);
   Grid grid{blocks(positions * args.token_blocks, 1), kWarps * kWarp, kWarps * kExpandRoom<T, Many> * sizeof(uint4)};
 #ifdef RMM_PDL
-  grid.dependent = queue.device().arch >= 90;
+  grid.dependent = after_own && queue.device().arch >= 90;
 #endif
   queue.launch(grid, lora_expand_kernel<T, Many>, args);
 }
@@ -424,7 +424,7 @@ void launch_expand(const Queue& queue, ExpandArgs args) {
 }  // namespace
 
 void run_expand(const Queue& queue, const View& y, const Slices& u, const View& basis_b, const View& coeff_b, const Ids& ids,
-                const View& scaling) {
+                const View& scaling, bool after_own) {
   const bool rank_inner = basis_b.stride[2] < basis_b.stride[1];
   const ExpandArgs args{source(y, 0, 2, 1),
                         source(coeff_b, 0, 1, 2),
@@ -443,7 +443,7 @@ void run_expand(const Queue& queue, const View& y, const Slices& u, const View& 
                         1};
   with_type(y.dtype, [&](auto zero) {
     using T = decltype(zero);
-    args.tile == kFew ? launch_expand<T, false>(queue, args) : launch_expand<T, true>(queue, args);
+    args.tile == kFew ? launch_expand<T, false>(queue, args, after_own) : launch_expand<T, true>(queue, args, after_own);
   });
 }
 
@@ -461,7 +461,7 @@ void lora_expand_op(Tensor y, Tensor u, Tensor basis_b, Tensor coeff_b, Tensor t
   const Queue queue{y, u, basis_b, coeff_b, task_ids, scaling};
   const bool packs = from.stride[1] == 1 && from.stride[0] % 4 == 0 && reinterpret_cast<uintptr_t>(from.data) % 16 == 0;
   run_expand(queue, out, {reinterpret_cast<const float*>(from.data), 1, 0, from.stride[0], from.stride[1], packs}, basis, coeff,
-             tasks, scales);
+             tasks, scales, false);
 }
 
 RMM_CUDA_OP("lora_expand_", lora_expand_op)

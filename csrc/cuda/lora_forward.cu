@@ -28,7 +28,7 @@ void lora_forward_in_place_op(Tensor y, Tensor x, Tensor basis_a, Tensor coeff_a
   const Tensor sums = run_shrink(queue, x, in, a, ca, tasks, u);
   Tensor u_memory = sums;
   if (u.count * u.token > kSlicedRanks) u_memory = run_sum(queue, x, tasks, ca.size[0], u);
-  run_expand(queue, out, u, b, cb, tasks, scales);
+  run_expand(queue, out, u, b, cb, tasks, scales, in.size[1] > 0);
 }
 
 Tensor lora_forward_op(Tensor y, Tensor x, Tensor basis_a, Tensor coeff_a, Tensor basis_b, Tensor coeff_b, Tensor task_ids,

@@ -340,4 +340,20 @@ __device__ void complete(const T& team, float* basis, int stride, int rows, int 
   }
 }
 
+// Column `before` of `basis`, of norm 1 or 0, is made orthonormal to the ones before it; where nothing is left of it,
+// completed. Columns come in falling order of what they were before they had norm 1, so that the large ones stay as they are.
+template <class T>
+__device__ void orthonormalise(const T& team, float* basis, int stride, int rows, int before, float* room) {
+  float* const column = basis + before * stride;
+  for (int pass = 0; pass < 2; ++pass) {
+    subtract(team, basis, stride, rows, before, column, room);
+    const float square = team.dot(column, column, 0, rows), inverse = exact_rsqrt(square);
+    team.sync();
+    if (!(square > 1e4f * kEpsilon * kEpsilon)) return complete(team, basis, stride, rows, before, room);
+    for (int i = team.lane; i < rows; i += T::kGroup * T::kGroups) column[i] *= inverse;
+    team.sync();
+    if (square > 0.5f) return;  // what was taken out left no error worth a second time
+  }
+}
+
 }  // namespace rmm

@@ -95,6 +95,38 @@ __device__ __forceinline__ void each_loaded(const Plane& plane, int rows, int64_
   }
 }
 
+// What each_loaded gives, into shared memory: ranks side by side from `to` on, which is 16-byte aligned if `wide`; positions
+// `step` apart.
+template <int N>
+__device__ __forceinline__ void to_tile(const Plane& plane, int position, const float (&values)[N], int count, float* to,
+                                        int step, bool wide = true) {
+  if (plane.positions_inside) {
+    in_turn(values, count, position / N, [&](int e, float value) { to[e * step] = value; });
+  } else if (wide && count == N) {
+#pragma unroll
+    for (int e = 0; e < N; e += 4) store_shared(to + e, values[e], values[e + 1], values[e + 2], values[e + 3]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      if (e < count) to[e] = values[e];
+    }
+  }
+}
+
+// By a whole block: work(begin, count) on each `Chunk` of `all` things, once load(begin, count) has brought it to shared
+// memory.
+template <int Chunk, class Load, class Work>
+__device__ __forceinline__ void each_chunk(int all, const Load& load, const Work& work) {
+#pragma unroll 1
+  for (int begin = 0; begin < all; begin += Chunk) {
+    const int count = all - begin < Chunk ? all - begin : Chunk;
+    __syncthreads();  // the last chunk is used
+    load(begin, count);
+    __syncthreads();
+    work(begin, count);
+  }
+}
+
 // The same towards memory: get(i, position, j) is one value.
 template <class T, class Get>
 __device__ __forceinline__ void each_stored(const Plane& plane, int rows, int64_t first, int positions, int thread, int threads,
@@ -134,7 +166,7 @@ __device__ __forceinline__ void each_stored(const Plane& plane, int rows, int64_
 }
 
 // Coefficients [n, p, S] of tasks `begin` … and positions `first` …: get(i, c, position) with i and position from there. Stored
-// as T with positions innermost; in a workspace as fp32 with tasks innermost.
+// as T with positions innermost; in a workspace as fp32, with components innermost.
 template <class T, class Get>
 __device__ __forceinline__ void store_coefficients(const View& coeff, int64_t begin, int count, int p, int64_t first,
                                                    int positions, int thread, int threads, const Get& get) {
@@ -148,7 +180,7 @@ __device__ __forceinline__ void store_coefficients(const View& coeff, int64_t be
   } else {
     float* const to = reinterpret_cast<float*>(coeff.data) + start;
     for (int index = thread; index < count * p * positions; index += threads) {
-      const int i = index % count, row = index / count, c = row % p, position = row / p;
+      const int c = index % p, row = index / p, i = row % count, position = row / count;
       to[i * coeff.stride[0] + c * coeff.stride[1] + position * coeff.stride[2]] = get(i, c, position);
     }
   }

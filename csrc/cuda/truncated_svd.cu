@@ -32,16 +32,7 @@ __device__ void right_vectors(const T& team, float* v, int v_stride, int k, int 
     if (team.lane == 0) sigma[c] = least;
     for (int i = team.lane; i < k; i += kLanes) vector[i] *= inverse;
     team.sync();
-    // In falling order of σ, so that the large ones stay as they are.
-    for (int pass = 0; pass < 2; ++pass) {
-      subtract(team, v, v_stride, k, c, vector, room);
-      if (team.dot(vector, vector, 0, k) > 1e4f * kEpsilon * kEpsilon) {
-        normalise(team, vector, k);
-      } else {
-        team.sync();
-        complete(team, v, v_stride, k, c, room);
-      }
-    }
+    orthonormalise(team, v, v_stride, k, c, room);
   }
 }
 
@@ -90,11 +81,10 @@ __global__ void truncated_svd(const __grid_constant__ Svd args) {
                          [&](int, int row, int column, const float (&values)[kVector<Element>], int count) {
 #pragma unroll
                            for (int e = 0; e < kVector<Element>; ++e) {
-                             if (e >= count) continue;
-                             const uint32_t bits = magnitude_bits(values[e]);
+                             const uint32_t bits = e < count ? magnitude_bits(values[e]) : 0;
                              largest = bits > largest ? bits : largest;
-                             x[plane.positions_inside ? (row + e) * k + column : row * k + column + e] = values[e];
                            }
+                           to_tile(plane, row, values, count, x + row * k + column, k, k % 4 == 0);
                          });
   });
   largest = team.largest(largest);
@@ -126,16 +116,17 @@ __global__ void truncated_svd(const __grid_constant__ Svd args) {
 }
 
 struct SvdLarge {
-  Plane x;
-  View u, s, vh;
+  Plane x;        // [B, k, m]
+  View u, s, vh;  // [B, m, rank], [B, rank], [B, rank, k]
   Large at;
   int v, v_stride, memory_end;  // [rank][k], where core and left vectors are
   int sigma, room, end;         // [rank], [k], in shared memory
   float* workspace;             // [B][memory_end], unless that is in shared memory too
 };
 
-// One matrix per block, its columns in chunks, three times: for their scale, for the core, for the right vectors. The core and
-// the vectors are in shared memory if Resident, else in the block's workspace.
+// One matrix per block, its columns in chunks, three times, from memory or from the tile that holds all of them: for their
+// scale, for the core, for the right vectors. The core and the vectors are in shared memory if Resident, else in the block's
+// workspace.
 template <bool Resident>
 __global__ void __launch_bounds__(kLargeThreads, 2) truncated_svd_large(const __grid_constant__ SvdLarge args) {
   extern __shared__ float4 shared_memory[];
@@ -145,43 +136,18 @@ __global__ void __launch_bounds__(kLargeThreads, 2) truncated_svd_large(const __
   const int64_t matrix = blockIdx.x;
   float* const memory = Resident ? shared + args.end : args.workspace + matrix * args.memory_end;
   float *const core = memory + at.core, *const u = memory + at.u, *const v = memory + args.v;
-  float *const tile = shared + at.tile, *const sigma = shared + args.sigma, *const room = shared + args.room;
+  float *const sigma = shared + args.sigma, *const room = shared + args.room;
   const LargeTeam team(thread);
 
-  // work(begin, count): on each chunk of columns, once it is in the tile.
-  const auto each_chunk = [&](const auto& work) {
-#pragma unroll 1
-    for (int begin = 0; begin < k; begin += kLargeChunk) {
-      const int count = k - begin < kLargeChunk ? k - begin : kLargeChunk;
-      __syncthreads();  // the last chunk is used
-      with_dtype(args.x.view.dtype, [&](auto dtype) {
-        using Element = decltype(dtype);
-        // As the rows of a plane with one leading row.
-        Plane plane = args.x;
-        plane.view.data +=
-            (matrix * plane.view.stride[0] + begin * plane.view.stride[2]) * static_cast<int64_t>(sizeof(Element));
-        plane.view.size[2] = count;
-        each_loaded<Element>(
-            plane, 1, 0, m, thread, kLargeThreads,
-            [&](int, int row, int column, const float (&values)[kVector<Element>], int some) {
-#pragma unroll
-              for (int e = 0; e < kVector<Element>; ++e) {
-                if (e >= some) continue;
-                tile[plane.positions_inside ? column * at.tile_stride + row + e : (column + e) * at.tile_stride + row] =
-                    values[e];
-              }
-            });
-      });
-      __syncthreads();
-      work(begin, count);
-    }
+  const auto each_column = [&](bool again, const auto& work) {
+    each_chunk(args.x, matrix, k, at, shared + at.tile, again, work);
   };
 
   uint32_t largest = 0;
-  each_chunk([&](int, int count) {
+  each_column(false, [&](int, int count, const float* x) {
     for (int j = thread; j < m; j += kLargeThreads) {
       for (int i = 0; i < count; ++i) {
-        const uint32_t bits = magnitude_bits(tile[i * at.tile_stride + j]);
+        const uint32_t bits = magnitude_bits(x[i * at.tile_stride + j]);
         largest = bits > largest ? bits : largest;
       }
     }
@@ -189,22 +155,26 @@ __global__ void __launch_bounds__(kLargeThreads, 2) truncated_svd_large(const __
   largest = largest_of_block(thread, largest, shared + at.norms);
   const bool finite = is_finite(largest);
   const Scale scale = scale_of(finite ? largest : 0);
-  const auto scaled = [&](int i, int j) { return finite ? tile[i * at.tile_stride + j] * scale.up1 * scale.up2 : 0.0f; };
+  const auto scaled = [&](const float* x, int i, int j) {
+    return finite ? x[i * at.tile_stride + j] * scale.up1 * scale.up2 : 0.0f;
+  };
   if (!at.tall) {
     for (int index = thread; index < at.k * at.stride; index += kLargeThreads) core[index] = 0;
   }
-  each_chunk([&](int begin, int count) { add_columns(team, at, core, shared + at.reflector, begin, count, scaled); });
+  each_column(true, [&](int begin, int count, const float* x) {
+    add_columns(team, at, core, shared + at.reflector, begin, count, [&](int i, int j) { return scaled(x, i, j); });
+  });
   __syncthreads();
   directions_of_core(team, at, shared, core, u, args.u.dtype);
 
-  each_chunk([&](int begin, int count) {
+  each_column(true, [&](int begin, int count, const float* x) {
     for (int index = team.group; index < rank * count; index += LargeTeam::kGroups) {
       const int c = index / count, i = index % count;
       float even = 0, odd = 0;
       for (int j = team.in_group; j < m; j += 2 * LargeTeam::kGroup) {
         const int next = j + LargeTeam::kGroup;
-        even = fmaf(scaled(i, j), u[c * at.stride + j], even);
-        if (next < m) odd = fmaf(scaled(i, next), u[c * at.stride + next], odd);
+        even = fmaf(scaled(x, i, j), u[c * at.stride + j], even);
+        if (next < m) odd = fmaf(scaled(x, i, next), u[c * at.stride + next], odd);
       }
       const float value = team.group_sum(even + odd);
       if (team.in_group == 0) v[c * args.v_stride + begin + i] = value;
@@ -226,12 +196,14 @@ void launch_svd(const Queue& queue, const Svd& args, int most_teams, int64_t mos
 
 // Sets what of `args` is about a block's memory; whether there is room for it.
 bool place_large(SvdLarge& args, int64_t m, int64_t k, int64_t rank, int64_t most_floats) {
-  args.at = large_at(m, k, rank);
+  args.at = large_at(m, k, rank), args.at.deficient = 0;
   args.v_stride = static_cast<int>(k | 1);
   int64_t next = args.at.memory_end;
   args.v = take_floats(next, rank * args.v_stride), args.memory_end = take_floats(next, 0);
   next = args.at.shared_end;
-  args.sigma = take_floats(next, rank), args.room = take_floats(next, k), args.end = take_floats(next, 0);
+  args.sigma = take_floats(next, rank), args.room = take_floats(next, k);
+  place_tile(args.at, k, next, most_floats);
+  args.end = take_floats(next, 0);
   return args.at.k >= kLargeThreads / 32 && next <= most_floats;
 }
 
@@ -245,7 +217,7 @@ void launch_large(Queue& queue, const Tensor& like, const View& x, const View& u
   args.workspace = static_cast<float*>(workspace.data_ptr());
   for (int64_t first = 0; first < batch; first += some) {
     const int64_t count = std::min(some, batch - first);
-    args.x = plane_of(narrowed(x, 0, first, count)), args.u = narrowed(u, 0, first, count);
+    args.x = plane_of(permuted(narrowed(x, 0, first, count), 0, 2, 1)), args.u = narrowed(u, 0, first, count);
     args.s = narrowed(s, 0, first, count), args.vh = narrowed(vh, 0, first, count);
     queue.launch(
         {blocks(count, 1), kLargeThreads, (args.end + (resident ? static_cast<size_t>(args.memory_end) : 0)) * sizeof(float)},
@@ -264,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> truncated_svd_op(Tensor x, int64_t rank) {
   if (in.dtype == Dtype::f64 || shorter > kLargest) return reference();
 
   Svd args{};
-  args.at = directions_at(m * k, m, k, rank, k);
+  args.at = directions_at(m * k, m, k, rank, k), args.at.deficient = 0;
   args.v = args.at.end, args.v_stride = static_cast<int>(k | 1);
   args.sigma = args.v + static_cast<int>(rank * (k | 1));
   args.scales = args.sigma + static_cast<int>(shorter);

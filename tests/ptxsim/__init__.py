@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 _SOURCE_DIR = Path(__file__).resolve().parent
-_SOURCES = ["ptxsim.cpp", "ptx_decoder.hpp", "ptx_handlers.hpp", "ptx_machine.hpp", "ptx_parser.hpp", "ptx_numeric.hpp"]
+_SOURCES = sorted(path.name for pattern in ("*.cpp", "*.hpp") for path in _SOURCE_DIR.glob(pattern))
 _FLAGS = [
     "-std=c++17",
     "-O2",
@@ -39,6 +39,7 @@ _library = None
 
 CHECKS = {"uninitialised": 1, "shared_race": 2, "global_race": 4, "convergence": 8}
 _ALLOW_EARLY_EXIT, _POISON, _STATISTICS = 16, 32, 64
+_PENDING_WRITES, _PENDING_READS = 1, 2
 
 
 class SimulationError(RuntimeError):
@@ -87,7 +88,13 @@ def _compile_core():
 
 
 class _Region(ctypes.Structure):
-    _fields_ = [("low", ctypes.c_uint64), ("bytes", ctypes.c_uint64), ("origin", ctypes.c_uint64), ("name", ctypes.c_char_p)]
+    _fields_ = [
+        ("low", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+        ("origin", ctypes.c_uint64),
+        ("name", ctypes.c_char_p),
+        ("pending", ctypes.c_uint64),
+    ]
 
 
 class _LaunchArguments(ctypes.Structure):
@@ -212,9 +219,11 @@ class Module:
         statistics=True,
         host_threads=1,
         cluster=1,
+        pending_writes=(),
+        pending_reads=(),
     ):
-        """Runs the kernel, `cluster` blocks at a time. `check` is True, False or names out of CHECKS. Returns statistics;
-        raises SimulationError."""
+        """Runs the kernel, `cluster` blocks at a time. `check` is True, False or names out of CHECKS. `pending_…`: the memory
+        that a kernel before it, which may still run, writes and reads. Returns statistics; raises SimulationError."""
         kernel_name = self.find_kernel(kernel_name)
         params = self.kernels[kernel_name]["params"]
         if len(args) != len(params):
@@ -226,7 +235,7 @@ class Module:
         for i, (value, param) in enumerate(zip(args, params, strict=False)):
             if isinstance(value, np.ndarray) or _is_tensor(value):
                 pointer, low, size, origin = _extent(value)
-                regions.append((low, size, origin, f"argument {i} ({param['name']})"))
+                regions.append((low, size, origin, f"argument {i} ({param['name']})", 0))
                 keep_alive.append(value)
                 data = pointer.to_bytes(8, "little")
             elif value is None:
@@ -236,7 +245,11 @@ class Module:
             block_bytes[param["offset"] : param["offset"] + param["bytes"]] = data[: param["bytes"]]
         for i, extra in enumerate(extra_memory):
             _, low, size, origin = getattr(extra, "extent", None) or _extent(extra)
-            regions.append((low, size, origin, f"extra memory {i}"))
+            regions.append((low, size, origin, f"extra memory {i}", 0))
+        for pending, memory in ((_PENDING_WRITES, pending_writes), (_PENDING_READS, pending_reads)):
+            for some in memory:
+                _, low, size, origin = getattr(some, "extent", None) or _extent(some)
+                regions.append((low, size, origin, "", pending))
         if check is True:
             checks = sum(CHECKS.values())
         elif not check:
@@ -244,7 +257,7 @@ class Module:
         else:
             checks = sum(CHECKS[c] for c in ([check] if isinstance(check, str) else check))
         region_array = (_Region * max(1, len(regions)))(
-            *[_Region(low, size, origin, name.encode()) for low, size, origin, name in regions]
+            *[_Region(low, size, origin, name.encode(), pending) for low, size, origin, name, pending in regions]
         )
         raw = (ctypes.c_uint8 * max(1, len(block_bytes))).from_buffer_copy(bytes(block_bytes) or b"\0")
         a = _LaunchArguments()

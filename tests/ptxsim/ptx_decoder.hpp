@@ -624,11 +624,16 @@ class Decoder {
       set_class(in, "barrier");
       return true;
     }
-    if (name == "prefetch" || name == "prefetchu" || name == "applypriority" || name == "discard" || name == "griddepcontrol" ||
-        name == "nanosleep" || name == "setmaxnreg" || name == "pmevent") {
+    if (name == "prefetch" || name == "prefetchu" || name == "applypriority" || name == "discard" || name == "nanosleep" ||
+        name == "setmaxnreg" || name == "pmevent") {
       in.run = name == "nanosleep" ? (Handler)[](Machine & m, const Instr&, u32) { m.forced_switch = true; } : (Handler)no_operation;
       if (name == "nanosleep") in.flow = Flow::Memory;
       set_class(in, "other");
+      return true;
+    }
+    if (name == "griddepcontrol") {
+      in.run = has("wait") ? wait_for_grid : no_operation;
+      set_class(in, "barrier");
       return true;
     }
     if (name == "createpolicy") {

@@ -817,7 +817,7 @@ inline void store_in_space(Machine& m, const Instr& in, u32 mask, u64* address, 
     case Space::Global:
       for (u32 left = mask; left; left &= left - 1) {
         int i = __builtin_ctz(left);
-        m.check_global(in, i, address[i], bytes);
+        m.check_global(in, i, address[i], bytes, true);
         if (m.checks & CHECK_GLOBAL_RACE) m.note_global(in, i, address[i], bytes, in.strong ? Machine::ATOMIC : Machine::WRITE);
         fetch_store_data(m, in, i, data);
         if (m.checks & CHECK_GLOBAL_RACE)
@@ -864,6 +864,8 @@ inline void store_in_space(Machine& m, const Instr& in, u32 mask, u64* address, 
       m.fault(in, __builtin_ctz(mask), "store to a read-only state space");
   }
 }
+// The kernel before this one has ended, and what it wrote is there: for the threads that wait.
+inline void wait_for_grid(Machine& m, const Instr&, u32 mask) { m.warp->waited |= mask; }
 // The address, in the block of rank src[1], of what is at src[0] in this one.
 template <class T>
 inline void map_to_peer(Machine& m, const Instr& in, u32 mask) {
@@ -1003,7 +1005,7 @@ inline void atomic(Machine& m, const Instr& in, u32 mask) {
       int i = __builtin_ctz(left);
       char* p;
       if (space == Space::Global) {
-        m.check_global(in, i, address[i], bytes);
+        m.check_global(in, i, address[i], bytes, true);
         if (m.checks & CHECK_GLOBAL_RACE) m.note_global(in, i, address[i], bytes, Machine::ATOMIC);
         p = (char*)address[i];
       } else if (space == Space::Shared) {

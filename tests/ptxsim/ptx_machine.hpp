@@ -125,6 +125,9 @@ struct Region {
     u32 writer, reader;
   };  // block number + 1; see Machine::note_global
   std::shared_ptr<Use> uses;  // calloc: untouched pages cost nothing
+  // What the kernel before this one, which may still run, does with it.
+  enum { WRITES = 1, READS = 2 };
+  u32 pending = 0;
 };
 
 struct Counters {
@@ -167,6 +170,7 @@ struct Warp {
   u32 seen[MAX_WARPS];          // vector clock
   u32 arrivals[32], waits[32];  // barriers of the cluster that a lane has arrived at, and waited for
   bool fenced;                  // has executed a fence or an acquire/release operation
+  u32 waited;                   // lanes that have waited for the kernel before this one
   u32 spins;
 };
 
@@ -325,13 +329,21 @@ struct Machine {
     Region* r = &rs[low - 1];
     return address < r->high ? r : nullptr;
   }
-  inline void check_global(const Instr& in, int lane, u64 address, u32 bytes) {
+  void check_pending(const Instr& in, int lane, u64 address, bool writes) {
+    const u32 pending = last_region->pending;
+    if (!(pending & (writes ? Region::WRITES | Region::READS : Region::WRITES)) || warp->waited >> lane & 1) return;
+    fault(in, lane,
+          std::string(writes ? "writes " : "reads ") + hex(address) + ", which the kernel before this one may still " +
+              (pending & Region::WRITES ? "write" : "read") + ": no griddepcontrol.wait has come yet " + nearest(address));
+  }
+  inline void check_global(const Instr& in, int lane, u64 address, u32 bytes, bool writes = false) {
     u64 alignment =
         bytes > 16 ? 16 : bytes;  // host arrays are 16-byte aligned; wider accesses are checked against the array's start below
     if (address & (alignment - 1))
       fault(in, lane,
             "misaligned " + std::to_string(bytes) + "-byte global access at " + hex(address) + " " + nearest(address));
-    if (last_region && address >= last_region->low && address + bytes <= last_region->high && bytes <= 16) return;
+    if (last_region && address >= last_region->low && address + bytes <= last_region->high && bytes <= 16)
+      return check_pending(in, lane, address, writes);
     Region* r = find_region(address);
     if (!r || address + bytes > r->high)
       fault(in, lane,
@@ -340,6 +352,7 @@ struct Machine {
       fault(in, lane,
             "misaligned " + std::to_string(bytes) + "-byte global access at " + hex(address) + " " + nearest(address));
     last_region = r;
+    check_pending(in, lane, address, writes);
   }
   std::string nearest(u64 address) {
     const Region* best = nullptr;
