@@ -112,7 +112,8 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     # Of what has one lane, sm_100's compiler (it packs pairs of numbers) and Triton before 3.9 spill more than others.
     alone = _ROOM if fours or not (_OLD or arch.startswith("sm_10")) else _LITTLE_ROOM
     shared_by = _lanes_of_a_matrix(n - 1, r, components, alone, _ROOM if fours else _LITTLE_ROOM)
-    block = (64 if arch.startswith("gfx") else 32) // max(shared_by, 1)
+    lanes = 64 if arch.startswith("gfx") else 32
+    block = lanes // max(shared_by, 1)
     if shared_by and (basis.stride(2) == 1 or block * x.element_size() >= 32):  # bytes of positions that lie together
         launch(
             _compress_columns,
@@ -127,16 +128,23 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
         )
         return basis, coeff, energy
     tile = max(lines * length, chosen * power_of_two(r))
-    group = max(1, min(32 // x.element_size(), LARGEST_TILE // 2 // tile))  # 32 bytes of neighbouring positions
+    together = 32 // x.element_size()  # positions whose coefficients fill a sector
+    group = max(1, min(together, LARGEST_TILE // 4 // tile))
+    wide = r < n - 1
+    tasks, ranks = (length, lines) if wide else (lines, length)
+    parts = max(1, min(together // group, LARGEST_TILE // 2 // (chosen * tasks * group)))
+    warps = _warps(group * tile, fours, wide)
     launch(
         _compress_tile,
-        (triton.cdiv(positions, group),),
+        (triton.cdiv(positions, group * parts),),
         *arguments,
         **constants,
-        WIDE=r < n - 1,
+        WIDE=wide,
         B=group,
+        PARTS=parts,
         P=chosen,
-        num_warps=_warps(group * tile, fours, wide=r < n - 1),
+        COPIES=max(1, lanes * warps // (ranks * group)),
+        num_warps=warps,
     )
     return basis, coeff, energy
 
@@ -297,6 +305,12 @@ def _compress_columns(
     tl.store(energy + s[None, :] * K + c, energies, mask=valid & (c < K))
 
 
+@triton.jit
+def repeated(tile, ROWS: tl.constexpr, B: tl.constexpr, TIMES: tl.constexpr):
+    """A tile [ROWS, B], TIMES times beside itself: [1, ROWS, TIMES B]."""
+    return tl.reshape(tl.broadcast_to(tile[:, None, :], ROWS, TIMES, B), [1, ROWS, TIMES * B])
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _compress_tile(
     x,
@@ -324,7 +338,9 @@ def _compress_tile(
     RANKS_TOGETHER: tl.constexpr,
     WIDE: tl.constexpr,
     B: tl.constexpr,
+    PARTS: tl.constexpr,
     P: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
     r = r * VECTOR
     x_task = x_task.to(tl.int64) * VECTOR
@@ -335,16 +351,12 @@ def _compress_tile(
         x_rank = 1
     if RANKS_TOGETHER:
         basis_rank = 1
-    s = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     c = tl.arange(0, C)
     m = tl.arange(0, M)
-    valid = (s < positions)[None, :]
     k_all = tl.minimum(r, n - 1)
-
-    # The tasks from the second on, [C, M, B], and the first one's vector, which lies along the ranks.
-    at = (x + s * x_position)[None, :]
     over: tl.constexpr = 1 if WIDE else 0
     J: tl.constexpr = C if WIDE else M
+    TASKS: tl.constexpr = M if WIDE else C
     if WIDE:
         task = m[None, :, None]
         rank = c[:, None, None]
@@ -352,56 +364,75 @@ def _compress_tile(
         task = c[:, None, None]
         rank = m[None, :, None]
     j = tl.arange(0, J)[:, None]
-    first = tl.load(at + j.to(tl.int64) * x_rank, mask=valid & (j < r), other=0.0).to(tl.float32)
-    there = (task < n - 1) & (rank < r)
-    offsets = (task + 1) * x_task + rank.to(tl.int64) * x_rank
-    rest = tl.load(at[None, :, :] + offsets, mask=valid[None, :, :] & there, other=0.0).to(tl.float32)
-
-    first, rest, mean, y, finite, down1, down2, back1, back2 = _centred(first, rest, there, inverse_n, spread, over)
-
-    if WIDE:
-        v = tl.zeros([C, C, B], tl.float32) + (c[:, None, None] == c[None, :, None]).to(tl.float32)
-        y, v, norms = jacobi(y, v, c, True)
-        u = v
-    else:
-        y, u, norms = jacobi(y, y, c, False)
-        u = y
-    energies = squared_times(falling(norms, c), back1[None, :], back2[None, :])
-    top = tl.sum(tl.where(c[:, None] == 0, norms, 0.0), 0)
-
-    # u, one component after the other, lines of falling norm; and the coefficients, from x itself.
-    nan = float("nan")
-    inside = valid & (j < r)
-    to_basis = basis + s[None, :] * basis_position + j.to(tl.int64) * basis_rank
-    mean = tl.where(finite[None, :], mean * down2[None, :] * down1[None, :], nan)
-    tl.store(to_basis, mean.to(basis.dtype.element_ty), mask=inside)
-    to_coeff = coeff + s[None, :] * coeff_position
-    done = tl.zeros([P, J, B], tl.float32)
     of_p = tl.arange(0, P)[:, None, None]
-    for k in range(components):
-        squared = tl.sum(tl.where(c[:, None] == k, norms, 0.0), 0)
-        live = (squared > top * (DEFICIENT * DEFICIENT)) & (squared > TINY) & (k < k_all)
-        row = line(u, c, k)
-        if not WIDE:
-            row *= inverse_root(tl.where(live, squared, 1.0))[None, :]
-        row = orthonormal(row, done, live, tl.arange(0, J), r)
-        done = tl.where(of_p == k, row[None, :, :], done)
-        row = row * peak_sign(row.to(basis.dtype.element_ty).to(tl.float32), tl.arange(0, J))[None, :] + 0.0
-        to_basis += basis_component
-        tl.store(to_basis, tl.where(finite[None, :], row, nan).to(basis.dtype.element_ty), mask=inside)
+    nan = float("nan")
 
-        others = tl.sum(rest * tl.expand_dims(row, over), 1 - over)
-        others = tl.where(live[None, :], others, 0.0)
-        own = tl.where(live, tl.sum(first * row, 0), 0.0)[None, :]
-        found = tl.sum(others * others, 0)[None, :] + own * own
-        energies = tl.where((c[:, None] == k) & live[None, :], found, energies)
-        own = tl.where(finite[None, :], own * down2[None, :] * down1[None, :], nan)
-        others = tl.where(finite[None, :], others * down2[None, :] * down1[None, :], nan)
-        i = 1 + (m if WIDE else c)[:, None]
-        tl.store(to_coeff, own.to(coeff.dtype.element_ty), mask=valid)
-        tl.store(to_coeff + i.to(tl.int64) * coeff_task, others.to(coeff.dtype.element_ty), mask=valid & (i < n))
-        to_coeff += coeff_component
+    # Coefficients lie by positions: those of all PARTS groups wait to be stored together.
+    every = tl.program_id(0).to(tl.int64) * (PARTS * B) + tl.arange(0, PARTS * B)
+    of_first = tl.zeros([P, 1, PARTS * B], tl.float32)
+    of_others = tl.zeros([P, TASKS, PARTS * B], tl.float32)
+    for part in range(PARTS):
+        s = (tl.program_id(0).to(tl.int64) * PARTS + part) * B + tl.arange(0, B)
+        valid = (s < positions)[None, :]
+        here = (tl.arange(0, PARTS * B) // B == part)[None, None, :]
 
-    energies = squared_times(falling(energies, c), down1[None, :], down2[None, :])
-    energies = tl.where(finite[None, :], energies, nan)
-    tl.store(energy + s[None, :] * k_all + c[:, None], energies, mask=valid & (c < k_all)[:, None])
+        # The tasks from the second on, [C, M, B], and the first one's vector, which lies along the ranks. A load of fewer
+        # values than threads would be repeated, in every layout that wants it: hence copies, all but one of them masked.
+        at = (x + s * x_position)[None, :]
+        once = tl.arange(0, COPIES)[:, None, None] == 0
+        to_first = tl.broadcast_to((at + j.to(tl.int64) * x_rank)[None, :, :], COPIES, J, B)
+        first = tl.load(to_first, mask=once & (valid & (j < r))[None, :, :], other=0.0)
+        first = tl.sum(first.to(tl.float32), 0)
+        there = (task < n - 1) & (rank < r)
+        offsets = (task + 1) * x_task + rank.to(tl.int64) * x_rank
+        rest = tl.load(at[None, :, :] + offsets, mask=valid[None, :, :] & there, other=0.0).to(tl.float32)
+
+        first, rest, mean, y, finite, down1, down2, back1, back2 = _centred(first, rest, there, inverse_n, spread, over)
+        inside = valid & (j < r)
+        to_basis = basis + s[None, :] * basis_position + j.to(tl.int64) * basis_rank
+        mean = tl.where(finite[None, :], mean * down2[None, :] * down1[None, :], nan)
+        tl.store(to_basis, mean.to(basis.dtype.element_ty), mask=inside)
+
+        if WIDE:
+            v = tl.zeros([C, C, B], tl.float32) + (c[:, None, None] == c[None, :, None]).to(tl.float32)
+            y, v, norms = jacobi(y, v, c, True)
+            u = v
+        else:
+            y, u, norms = jacobi(y, y, c, False)
+            u = y
+        energies = squared_times(falling(norms, c), back1[None, :], back2[None, :])
+        top = tl.sum(tl.where(c[:, None] == 0, norms, 0.0), 0)
+
+        # u, one component after the other, lines of falling norm; and the coefficients, from x itself.
+        done = tl.zeros([P, J, B], tl.float32)
+        for k in range(components):
+            squared = tl.sum(tl.where(c[:, None] == k, norms, 0.0), 0)
+            live = (squared > top * (DEFICIENT * DEFICIENT)) & (squared > TINY) & (k < k_all)
+            row = line(u, c, k)
+            if not WIDE:
+                row *= inverse_root(tl.where(live, squared, 1.0))[None, :]
+            row = orthonormal(row, done, live, tl.arange(0, J), r)
+            done = tl.where(of_p == k, row[None, :, :], done)
+            row = row * peak_sign(row.to(basis.dtype.element_ty).to(tl.float32), tl.arange(0, J))[None, :] + 0.0
+            to_basis += basis_component
+            tl.store(to_basis, tl.where(finite[None, :], row, nan).to(basis.dtype.element_ty), mask=inside)
+
+            others = tl.sum(rest * tl.expand_dims(row, over), 1 - over)
+            others = tl.where(live[None, :], others, 0.0)
+            own = tl.where(live, tl.sum(first * row, 0), 0.0)[None, :]
+            found = tl.sum(others * others, 0)[None, :] + own * own
+            energies = tl.where((c[:, None] == k) & live[None, :], found, energies)
+            own = tl.where(finite[None, :], own * down2[None, :] * down1[None, :], nan)
+            others = tl.where(finite[None, :], others * down2[None, :] * down1[None, :], nan)
+            of_first = tl.where((of_p == k) & here, repeated(own, 1, B, PARTS), of_first)
+            of_others = tl.where((of_p == k) & here, repeated(others, TASKS, B, PARTS), of_others)
+
+        energies = squared_times(falling(energies, c), down1[None, :], down2[None, :])
+        energies = tl.where(finite[None, :], energies, nan)
+        tl.store(energy + s[None, :] * k_all + c[:, None], energies, mask=valid & (c < k_all)[:, None])
+
+    valid = (every < positions)[None, None, :] & (of_p < components)
+    to_coeff = coeff + of_p.to(tl.int64) * coeff_component + (every * coeff_position)[None, None, :]
+    i = 1 + (m if WIDE else c)[None, :, None]
+    tl.store(to_coeff, of_first.to(coeff.dtype.element_ty), mask=valid)
+    tl.store(to_coeff + i.to(tl.int64) * coeff_task, of_others.to(coeff.dtype.element_ty), mask=valid & (i < n))
