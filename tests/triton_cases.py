@@ -109,6 +109,7 @@ CASES: list[Case] = [
     _compress(8, 16, 4, _BF16, "rank", 128),
     _compress(8, 16, 7, _F32, "rank", 64),
     _compress(8, 32, 4, _F32, "position", 64),
+    *(_compress(8, 64, 4, dtype, "position", 32) for dtype in (_F32, _BF16)),
     _compress(8, 64, 4, _F32, "rank", 64),
     _compress(20, 16, 4, _F32, "rank", 64),
     _compress(20, 16, 4, _F32, "position", 64),

@@ -22,12 +22,14 @@ from .. import reference
 from . import lora
 from ._columns import (
     centred_columns,
+    flat,
     head,
     householder,
     in_lanes,
     jacobi_columns,
     orthonormal_columns,
     padded,
+    peak_sign_of_columns,
     reflected,
     total,
 )
@@ -44,7 +46,7 @@ from ._jacobi import (
     scale_of,
     squared_times,
 )
-from ._launch import launch, require, require_floats, vector_width
+from ._launch import launch, most_registers, require, require_floats, vector_width
 from ._limits import LARGEST_K, LARGEST_TILE, compress_fits, power_of_two
 
 # Numbers of a matrix that a lane's registers hold: reflectors and triangle while it turns, reflectors and directions after; and
@@ -113,22 +115,26 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     alone = _ROOM if fours or not (_OLD or arch.startswith("sm_10")) else _LITTLE_ROOM
     shared_by = _lanes_of_a_matrix(n - 1, r, components, alone, _ROOM if fours else _LITTLE_ROOM)
     lanes = 64 if arch.startswith("gfx") else 32
-    block = lanes // max(shared_by, 1)
-    if shared_by and (basis.stride(2) == 1 or block * x.element_size() >= 32):  # bytes of positions that lie together
+    together = 32 // x.element_size()  # positions whose values fill a sector
+    if shared_by:
+        block = lanes // shared_by
+        warps = max(1, together // block)
         launch(
             _compress_columns,
-            (triton.cdiv(positions, block),),
+            (triton.cdiv(positions, warps * block),),
             *arguments,
-            **constants,
+            **{**constants, "C": max(lines, shared_by)},
             inverse_root_n=n**-0.5,
+            W=warps,
+            G=shared_by,
             B=block,
             K=n - 1,
             COUNT=min(components, n - 1),
-            num_warps=1,
+            num_warps=warps,
+            maxnreg=most_registers(arch, warps),
         )
         return basis, coeff, energy
     tile = max(lines * length, chosen * power_of_two(r))
-    together = 32 // x.element_size()  # positions whose coefficients fill a sector
     group = max(1, min(together, LARGEST_TILE // 4 // tile))
     wide = r < n - 1
     tasks, ranks = (length, lines) if wide else (lines, length)
@@ -145,6 +151,7 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
         P=chosen,
         COPIES=max(1, lanes * warps // (ranks * group)),
         num_warps=warps,
+        maxnreg=most_registers(arch, warps),
     )
     return basis, coeff, energy
 
@@ -230,10 +237,12 @@ def _compress_columns(
     RANKS_TOGETHER: tl.constexpr,
     inverse_root_n: tl.constexpr,
     B: tl.constexpr,
+    W: tl.constexpr,
+    G: tl.constexpr,
     K: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """K = n − 1 columns in room for C, of up to M ranks; COUNT = min(components, K)."""
+    """K = n − 1 columns in room for C, of up to M ranks; COUNT = min(components, K). W warps, G lanes to a matrix."""
     r = r * VECTOR
     x_task = x_task.to(tl.int64) * VECTOR
     x_position = x_position.to(tl.int64) * VECTOR
@@ -243,52 +252,55 @@ def _compress_columns(
         x_rank = 1
     if RANKS_TOGETHER:
         basis_rank = 1
-    s = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    c = tl.arange(0, C)[:, None]
-    j = tl.arange(0, M)[:, None]
+    s = tl.program_id(0).to(tl.int64) * (W * B) + tl.arange(0, W * B)
+    in_order = tl.arange(0, C)[:, None]
+    rank = tl.arange(0, M)[:, None]
     valid = (s < positions)[None, :]
-    inside = valid & (j < r)
+    inside = valid & (rank < r)
+    lane = tl.arange(0, G)[None, None, :, None]
+    c = tl.arange(0, C // G)[:, None, None, None] * G + lane
+    j = tl.arange(0, M // G)[:, None, None, None] * G + lane
 
-    at = (x + s * x_position)[None, :] + j.to(tl.int64) * x_rank
-    first = in_lanes(tl.load(at, mask=inside, other=0.0), M, B)
+    at = (x + s * x_position)[None, :] + rank.to(tl.int64) * x_rank
+    first = in_lanes(tl.load(at, mask=inside, other=0.0), W, G)
     rest = ()
     for k in tl.static_range(K):
-        rest = rest + (in_lanes(tl.load(at + (k + 1) * x_task, mask=inside, other=0.0), M, B),)
+        rest = rest + (in_lanes(tl.load(at + (k + 1) * x_task, mask=inside, other=0.0), W, G),)
     mean, y, finite, down1, down2, back1, back2 = centred_columns(first, rest, inverse_n, spread, K)
     nan = float("nan")
-    to_basis = basis + s[None, :] * basis_position + j.to(tl.int64) * basis_rank
+    to_basis = basis + s[None, :] * basis_position + rank.to(tl.int64) * basis_rank
     mean = tl.where(finite, mean * down2 * down1, nan)
-    tl.store(to_basis, mean.to(basis.dtype.element_ty), mask=inside)
+    tl.store(to_basis, flat(mean.to(basis.dtype.element_ty)), mask=inside)
 
     lines, diagonal = householder(y, j, K)
     core = ()
     for k in tl.static_range(K):
-        core = core + (tl.where(c < k, head(lines[k], M, C, B), tl.where(c == k, diagonal[k], 0.0)),)
+        core = core + (tl.where(c < k, head(lines[k], C // G), tl.where(c == k, diagonal[k], 0.0)),)
     triangle = core
     core, norms = jacobi_columns(core, c, K)
     directions, lives = orthonormal_columns(core, norms, c, K, COUNT)
-    energies = tl.zeros([C, B], tl.float32)
+    energies = tl.zeros_like(core[0])
     for k in tl.static_range(K):
         energies = tl.where(c == k, norms[k], energies)
 
     # u, one component after the other, of falling norm; and the coefficients.
     to_coeff = coeff + s[None, :] * coeff_position
     for k in range(components):
-        start = tl.zeros([C, B], tl.float32)
-        live = tl.zeros([1, B], tl.int32) > 0
+        start = tl.zeros_like(core[0])
+        live = norms[0] < 0
         for b in tl.static_range(COUNT):
             start = tl.where(k == b, directions[b], start)
             live = tl.where(k == b, lives[b], live)
-        u = padded(start, C, M, B) + ((j == k) & (k >= K)).to(tl.float32)
+        u = padded(start, M // G) + ((j == k) & (k >= K)).to(tl.float32)
         for back in tl.static_range(K):
             u = reflected(u, lines[K - 1 - back], j, K - 1 - back)
         u *= 1.5 - 0.5 * total(u * u)
-        sign = peak_sign(u.to(basis.dtype.element_ty).to(tl.float32), tl.arange(0, M))[None, :]
+        sign = peak_sign_of_columns(u.to(basis.dtype.element_ty).to(tl.float32), j)
         u = u * sign + 0.0
         to_basis += basis_component
-        tl.store(to_basis, tl.where(finite, u, nan).to(basis.dtype.element_ty), mask=inside)
+        tl.store(to_basis, flat(tl.where(finite, u, nan).to(basis.dtype.element_ty)), mask=inside)
 
-        shares = tl.zeros([C, B], tl.float32)  # Yᵀu
+        shares = tl.zeros_like(start)  # Yᵀu
         for b in tl.static_range(K):
             shares = tl.where(c == b, total(triangle[b] * start), shares)
         shares = tl.where(live, shares * sign, 0.0)
@@ -296,13 +308,14 @@ def _compress_columns(
         own = inverse_root_n * total(shares)
         others = tl.where(finite, (shares - spread * own) * back2 * back1 * down2 * down1, nan)
         own = tl.where(finite, own * back2 * back1 * down2 * down1, nan)
-        tl.store(to_coeff, own.to(coeff.dtype.element_ty), mask=valid)
-        tl.store(to_coeff + (c + 1).to(tl.int64) * coeff_task, others.to(coeff.dtype.element_ty), mask=valid & (c < K))
+        to_others = to_coeff + (in_order + 1).to(tl.int64) * coeff_task
+        tl.store(to_coeff, flat(own.to(coeff.dtype.element_ty)), mask=valid)
+        tl.store(to_others, flat(others.to(coeff.dtype.element_ty)), mask=valid & (in_order < K))
         to_coeff += coeff_component
 
-    energies = squared_times(falling(energies, tl.arange(0, C)), back1, back2)
-    energies = tl.where(finite, squared_times(energies, down1, down2), nan)
-    tl.store(energy + s[None, :] * K + c, energies, mask=valid & (c < K))
+    energies = squared_times(falling(flat(energies), tl.arange(0, C)), flat(back1), flat(back2))
+    energies = tl.where(flat(finite), squared_times(energies, flat(down1), flat(down2)), nan)
+    tl.store(energy + s[None, :] * K + in_order, energies, mask=valid & (in_order < K))
 
 
 @triton.jit
