@@ -83,7 +83,7 @@ def test_compiled(case: Case, target: str, add_row: AddRow) -> None:
         assert total["async"], rows
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.bytes is not None], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_simulated(case: Case) -> None:
     simulator = triton_runs.Simulator(seeds=(1,))
     with triton_runs.running(simulator):

@@ -18,21 +18,21 @@ class Case:
     Attributes:
         name: unique: op, sizes, dtype, layout.
         call: makes the arguments, calls the launcher, and returns the tensors it read and wrote.
+        bytes: the traffic that the op's model says.
         dot: a tensor-core product is meant: mma on every arch that has it.
         wgmma: on sm_90 that is wgmma.
         wide_loads: global loads of 128 bits are meant.
         asynchronous: loads are pipelined through shared memory.
-        bytes: the traffic that the op's model says; None where its counts in the simulator are not gated.
         targets: what it is compiled for; None is everything.
     """
 
     name: str
     call: Callable[[], Any]
+    bytes: int
     dot: bool = False
     wgmma: bool = False
     wide_loads: bool = True
     asynchronous: bool = False
-    bytes: int | None = None
     targets: tuple[str, ...] | None = None
 
 
@@ -48,14 +48,13 @@ def _x(n: int, positions: int, r: int, dtype: torch.dtype, innermost: str, seed:
     return randn(n, r, positions, seed=seed, dtype=dtype).mT
 
 
-def _compress(n: int, r: int, p: int, dtype: torch.dtype, innermost: str, positions: int, gated: bool = True) -> Case:
-    """Not `gated`: two positions a program fill no sector of coefficients, and every warp of eight reads the first task."""
+def _compress(n: int, r: int, p: int, dtype: torch.dtype, innermost: str, positions: int) -> Case:
     values = positions * (n * r + (p + 1) * r + n * p)
     return Case(
         name=f"compress {r}x{n} p={p} {str(dtype)[6:]} {innermost} innermost",
         call=lambda: torch.ops.rmm_kernels.compress.triton(_x(n, positions, r, dtype, innermost), p),
         wide_loads=innermost == "rank",
-        bytes=values * dtype.itemsize + positions * 4 * min(r, n - 1) if gated else None,
+        bytes=values * dtype.itemsize + positions * 4 * min(r, n - 1),
     )
 
 
@@ -110,10 +109,11 @@ CASES: list[Case] = [
     _compress(8, 16, 4, _BF16, "rank", 128),
     _compress(8, 16, 7, _F32, "rank", 64),
     _compress(8, 32, 4, _F32, "position", 64),
+    *(_compress(8, 64, 4, dtype, "position", 32) for dtype in (_F32, _BF16)),
     _compress(8, 64, 4, _F32, "rank", 64),
     _compress(20, 16, 4, _F32, "rank", 64),
-    _compress(20, 16, 4, _F32, "position", 64, gated=False),
-    _compress(34, 64, 6, _F32, "rank", 8, gated=False),
+    _compress(20, 16, 4, _F32, "position", 64),
+    _compress(34, 64, 6, _F32, "rank", 8),
     _truncated_svd(16, 8, 4, 64),
     _truncated_svd(32, 64, 32, 4),
     *(_gram(16, 8, 64, dtype, center) for dtype in (_F32, _F16) for center in (False, True)),

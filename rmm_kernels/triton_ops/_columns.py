@@ -1,10 +1,10 @@
 """One-sided Jacobi on up to eight columns, one matrix per lane or per 2, 4 or 8 of them, everything in registers.
 
-A column is a tile [L, B]: with a warp for as many matrices as it has lanes, and the matrices last, Triton's own choice of
-layout gives a lane all L numbers of its matrix. No number then moves between lanes, no sum is anyone else's, and what a mask
-that is known at compile time selects costs nothing. With fewer matrices, several lanes share one: each has every second (or
-so) of its rows, and sums over rows, alone, are shuffled. Householder first turns the K columns into reflectors and a triangle
-K × K, so that Jacobi turns K² numbers and not K L.
+A column of L numbers of each of W B matrices is a tile [L / G, W, G, B]: G lanes to a matrix, each with every G-th row; G B
+lanes to a warp; W warps, each with B matrices. Triton's own choice of layout for such a tile is just that. No number then moves
+between lanes, no sum is anyone else's, what a mask that is known at compile time selects costs nothing, and sums over rows,
+alone, are shuffled. Householder first turns the K columns into reflectors and a triangle K × K, so that Jacobi turns K² numbers
+and not K L. What memory holds are tiles [L, W B], whose lanes and warps may lie otherwise: `in_lanes` and `flat` go between.
 """
 
 from __future__ import annotations
@@ -19,29 +19,62 @@ HALVINGS = tl.constexpr(8)
 
 
 @triton.jit
-def halves(tile, L: tl.constexpr, B: tl.constexpr):
-    """The upper and the lower half of a tile [L, B], along L."""
-    return tl.split(tl.permute(tl.reshape(tile, [2, L // 2, B]), [1, 2, 0]))
+def halves(tile):
+    """The upper and the lower half of a tile [H, W, G, B], along H."""
+    tile = tl.reshape(tile, [2, tile.shape[0] // 2, tile.shape[1], tile.shape[2], tile.shape[3]])
+    return tl.split(tl.permute(tile, [1, 2, 3, 4, 0]))
 
 
 @triton.jit
-def stacked(upper, lower, L: tl.constexpr, B: tl.constexpr):
+def stacked(upper, lower):
     """The inverse of `halves`."""
-    return tl.reshape(tl.permute(tl.join(upper, lower), [2, 0, 1]), [L, B])
+    tile = tl.permute(tl.join(upper, lower), [4, 0, 1, 2, 3])
+    return tl.reshape(tile, [2 * upper.shape[0], upper.shape[1], upper.shape[2], upper.shape[3]])
 
 
 @triton.jit
-def in_lanes(tile, L: tl.constexpr, B: tl.constexpr):
-    """A tile [L, B] in fp32, each matrix in its own lanes however the tile lies.
+def in_lanes(tile, W: tl.constexpr, G: tl.constexpr):
+    """A tile [L, W B] in fp32, each matrix in its own lanes however the tile lies.
 
-    Halves that were apart and are added to something forget the layout that they were loaded in.
+    The layout that it was loaded in would go with it. Halves that were apart and are added to something forget that; and so
+    does what is gathered from its own place, which Triton puts where no warp needs another's.
     """
-    tile = tile.to(tl.float32)
-    if L == 1:
+    H: tl.constexpr = tile.shape[0] // G
+    B: tl.constexpr = tile.shape[1] // W
+    tile = tl.permute(tl.reshape(tile.to(tl.float32), [H, G, W, B]), [0, 2, 1, 3])
+    if W > 1:
+        own = tl.broadcast_to(tl.arange(0, G)[None, :, None], H * W, G, B)
+        return tl.reshape(tl.gather(tl.reshape(tile, [H * W, G, B]), own, 1), [H, W, G, B])
+    elif H == 1:
         return tile
     else:
-        upper, lower = halves(tile, L, B)
-        return stacked(upper + 0.0, lower + 0.0, L, B)
+        upper, lower = halves(tile)
+        return stacked(upper + 0.0, lower + 0.0)
+
+
+@triton.jit
+def flat(tile):
+    """A tile [L / G, W, G, B] as [L, W B]."""
+    L: tl.constexpr = tile.shape[0] * tile.shape[2]
+    return tl.reshape(tl.permute(tile, [0, 2, 1, 3]), [L, tile.shape[1] * tile.shape[3]])
+
+
+@triton.jit
+def total(tile):
+    """The sum [1, W, 1, B] of a tile [H, W, G, B] over its rows."""
+    return tl.sum(tl.sum(tile, 0, keep_dims=True), 2, keep_dims=True)
+
+
+@triton.jit
+def highest(tile):
+    """The largest number [1, W, 1, B] of each matrix's rows."""
+    return tl.max(tl.max(tile, 0, keep_dims=True), 2, keep_dims=True)
+
+
+@triton.jit
+def lowest(tile):
+    """The smallest number [1, W, 1, B] of each matrix's rows."""
+    return tl.min(tl.min(tile, 0, keep_dims=True), 2, keep_dims=True)
 
 
 @triton.jit
@@ -56,8 +89,8 @@ def centred_columns(first, rest, inverse_n, spread, K: tl.constexpr):
     for k in tl.static_range(K):
         good &= tl.abs(rest[k]) <= LARGEST
         largest = tl.maximum(largest, tl.abs(rest[k]))
-    finite = tl.min(good.to(tl.int32), 0, keep_dims=True) > 0
-    up1, up2, down1, down2 = scale_of(tl.max(tl.where(finite, largest, 0.0), 0, keep_dims=True))
+    finite = lowest(good.to(tl.int32)) > 0
+    up1, up2, down1, down2 = scale_of(highest(tl.where(finite, largest, 0.0)))
 
     # As for tiles (_centred in compress.py): the first task's vector goes first, then the mean twice.
     offset = tl.where(finite, first, 0.0) * up1 * up2
@@ -78,40 +111,42 @@ def centred_columns(first, rest, inverse_n, spread, K: tl.constexpr):
     for k in tl.static_range(K):
         columns = exchanged(columns, k, columns[k] - more + spread * first, K)
         largest = tl.maximum(largest, tl.abs(columns[k]))
-    again1, again2, back1, back2 = scale_of(tl.max(largest, 0, keep_dims=True))
+    again1, again2, back1, back2 = scale_of(highest(largest))
     for k in tl.static_range(K):
         columns = exchanged(columns, k, columns[k] * again1 * again2, K)
     return offset + (mean + more), columns, finite, down1, down2, back1, back2
 
 
 @triton.jit
-def head(tile, L: tl.constexpr, C: tl.constexpr, B: tl.constexpr):
-    """The first C rows of a tile [L, B]."""
-    for level in tl.static_range(HALVINGS):
-        if L // 2**level > C:
-            tile, _lower = halves(tile, L // 2**level, B)
+def head(tile, H: tl.constexpr):
+    """The first H of a tile's rows in each lane."""
+    for _ in tl.static_range(HALVINGS):
+        if tile.shape[0] > H:
+            tile, _lower = halves(tile)
     return tile
 
 
 @triton.jit
-def padded(tile, C: tl.constexpr, L: tl.constexpr, B: tl.constexpr):
-    """A tile [C, B] with zeros below it, [L, B]."""
-    for level in tl.static_range(HALVINGS):
-        if C * 2**level < L:
-            tile = stacked(tile, tl.zeros_like(tile), 2 * C * 2**level, B)
+def padded(tile, H: tl.constexpr):
+    """A tile with zeros below it, H rows in each lane."""
+    for _ in tl.static_range(HALVINGS):
+        if tile.shape[0] < H:
+            tile = stacked(tile, tl.zeros_like(tile))
     return tile
-
-
-@triton.jit
-def total(tile):
-    """The sum [1, B] of a tile [L, B] over its rows."""
-    return tl.sum(tile, 0, keep_dims=True)
 
 
 @triton.jit
 def row(tile, i, j):
-    """Row j [1, B] of a tile whose rows are i [L, 1]. Summed as integers: a compiler drops zeros from such a sum."""
+    """Row j of a tile whose rows are i. Summed as integers: a compiler drops zeros from such a sum."""
     return total(tl.where(i == j, tile.to(tl.int32, bitcast=True), 0)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def peak_sign_of_columns(tile, i):
+    """±1 [1, W, 1, B]: the sign of each matrix's entry of largest magnitude, in the first row on ties; rows are i."""
+    magnitude = tl.abs(tile)
+    peak = lowest(tl.where(magnitude == highest(magnitude), i, tile.shape[0] * tile.shape[2]))
+    return tl.where(row(tile, i, peak) < 0, -1.0, 1.0)
 
 
 @triton.jit
@@ -212,7 +247,7 @@ def jacobi_columns(core, i, K: tl.constexpr):
             turned_round = turned_round + (core[K - 1 - c],)
         core = turned_round
         norms = squared_norms(core, K)
-        active = tl.max(tl.max(swept, 1), 0)
+        active = tl.max(swept)
         sweep += 1
     return core, norms
 
@@ -231,8 +266,8 @@ def orthonormal_columns(core, norms, i, K: tl.constexpr, COUNT: tl.constexpr):
         left = tl.where(i < K, tl.zeros_like(core[0]) + 1.0, -1.0)
         for b in tl.static_range(c):
             left -= found[b] * found[b]
-        candidates = tl.where(left > tl.max(left, 0, keep_dims=True) - 1e-3, i, K)
-        unit = (i == tl.min(candidates, 0, keep_dims=True)).to(tl.float32)
+        candidates = tl.where(left > highest(left) - 1e-3, i, K)
+        unit = (i == lowest(candidates)).to(tl.float32)
         column = tl.where(live, core[c] * inverse_root(tl.where(live, norms[c], 1.0)), unit)
         for _ in tl.static_range(2):
             for b in tl.static_range(c):

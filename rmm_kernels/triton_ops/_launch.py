@@ -26,6 +26,7 @@ class Launch:
         fp_fusion: whether the compiler may make a product and a sum one fused multiply-add, which rounds once. Not beside
             a sum across lanes of products: each lane would fuse its own one, and lanes that hold copies of the sum would
             differ in bits. tl.fma is always fused.
+        maxnreg: registers that a thread may take, from `most_registers`; None leaves it to the compiler.
     """
 
     kernel: Any
@@ -35,6 +36,7 @@ class Launch:
     num_warps: int
     num_stages: int
     fp_fusion: bool
+    maxnreg: int | None = None
 
     def options(self) -> dict[str, Any]:
         """Everything that is passed by name: constants, and how to compile."""
@@ -43,6 +45,7 @@ class Launch:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": self.fp_fusion,
+            **({} if self.maxnreg is None else {"maxnreg": self.maxnreg}),
         }
 
 
@@ -53,11 +56,12 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 1,
     fp_fusion: bool = False,
+    maxnreg: int | None = None,
     **constants: Any,
 ) -> None:
     """Run `kernel` on the device of its arguments; nothing where the grid is empty."""
     if all(grid):
-        run(Launch(kernel, grid, arguments, constants, num_warps, num_stages, fp_fusion))
+        run(Launch(kernel, grid, arguments, constants, num_warps, num_stages, fp_fusion, maxnreg))
 
 
 def run_on_gpu(what: Launch) -> None:
@@ -71,6 +75,14 @@ def run_on_gpu(what: Launch) -> None:
 
 # What `launch` does with a launch; tests put other ways to run it here.
 run = run_on_gpu
+
+
+def most_registers(arch: str, num_warps: int) -> int | None:
+    """All the registers that a thread of so many warps can have, for kernels that hold a matrix in them.
+
+    Left alone, NVIDIA's compiler spills a few so that another block fits. AMD's takes no such option.
+    """
+    return min(255, 65536 // (32 * num_warps)) if arch.startswith("sm_") else None
 
 
 def require(condition: bool, expected: str) -> None:

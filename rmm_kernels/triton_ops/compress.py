@@ -22,12 +22,14 @@ from .. import reference
 from . import lora
 from ._columns import (
     centred_columns,
+    flat,
     head,
     householder,
     in_lanes,
     jacobi_columns,
     orthonormal_columns,
     padded,
+    peak_sign_of_columns,
     reflected,
     total,
 )
@@ -44,7 +46,7 @@ from ._jacobi import (
     scale_of,
     squared_times,
 )
-from ._launch import launch, require, require_floats, vector_width
+from ._launch import launch, most_registers, require, require_floats, vector_width
 from ._limits import LARGEST_K, LARGEST_TILE, compress_fits, power_of_two
 
 # Numbers of a matrix that a lane's registers hold: reflectors and triangle while it turns, reflectors and directions after; and
@@ -112,31 +114,44 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     # Of what has one lane, sm_100's compiler (it packs pairs of numbers) and Triton before 3.9 spill more than others.
     alone = _ROOM if fours or not (_OLD or arch.startswith("sm_10")) else _LITTLE_ROOM
     shared_by = _lanes_of_a_matrix(n - 1, r, components, alone, _ROOM if fours else _LITTLE_ROOM)
-    block = (64 if arch.startswith("gfx") else 32) // max(shared_by, 1)
-    if shared_by and (basis.stride(2) == 1 or block * x.element_size() >= 32):  # bytes of positions that lie together
+    lanes = 64 if arch.startswith("gfx") else 32
+    together = 32 // x.element_size()  # positions whose values fill a sector
+    if shared_by:
+        block = lanes // shared_by
+        warps = max(1, together // block)
         launch(
             _compress_columns,
-            (triton.cdiv(positions, block),),
+            (triton.cdiv(positions, warps * block),),
             *arguments,
-            **constants,
+            **{**constants, "C": max(lines, shared_by)},
             inverse_root_n=n**-0.5,
+            W=warps,
+            G=shared_by,
             B=block,
             K=n - 1,
             COUNT=min(components, n - 1),
-            num_warps=1,
+            num_warps=warps,
+            maxnreg=most_registers(arch, warps),
         )
         return basis, coeff, energy
     tile = max(lines * length, chosen * power_of_two(r))
-    group = max(1, min(32 // x.element_size(), LARGEST_TILE // 2 // tile))  # 32 bytes of neighbouring positions
+    group = max(1, min(together, LARGEST_TILE // 4 // tile))
+    wide = r < n - 1
+    tasks, ranks = (length, lines) if wide else (lines, length)
+    parts = max(1, min(together // group, LARGEST_TILE // 2 // (chosen * tasks * group)))
+    warps = _warps(group * tile, fours, wide)
     launch(
         _compress_tile,
-        (triton.cdiv(positions, group),),
+        (triton.cdiv(positions, group * parts),),
         *arguments,
         **constants,
-        WIDE=r < n - 1,
+        WIDE=wide,
         B=group,
+        PARTS=parts,
         P=chosen,
-        num_warps=_warps(group * tile, fours, wide=r < n - 1),
+        COPIES=max(1, lanes * warps // (ranks * group)),
+        num_warps=warps,
+        maxnreg=most_registers(arch, warps),
     )
     return basis, coeff, energy
 
@@ -222,10 +237,12 @@ def _compress_columns(
     RANKS_TOGETHER: tl.constexpr,
     inverse_root_n: tl.constexpr,
     B: tl.constexpr,
+    W: tl.constexpr,
+    G: tl.constexpr,
     K: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """K = n − 1 columns in room for C, of up to M ranks; COUNT = min(components, K)."""
+    """K = n − 1 columns in room for C, of up to M ranks; COUNT = min(components, K). W warps, G lanes to a matrix."""
     r = r * VECTOR
     x_task = x_task.to(tl.int64) * VECTOR
     x_position = x_position.to(tl.int64) * VECTOR
@@ -235,52 +252,55 @@ def _compress_columns(
         x_rank = 1
     if RANKS_TOGETHER:
         basis_rank = 1
-    s = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    c = tl.arange(0, C)[:, None]
-    j = tl.arange(0, M)[:, None]
+    s = tl.program_id(0).to(tl.int64) * (W * B) + tl.arange(0, W * B)
+    in_order = tl.arange(0, C)[:, None]
+    rank = tl.arange(0, M)[:, None]
     valid = (s < positions)[None, :]
-    inside = valid & (j < r)
+    inside = valid & (rank < r)
+    lane = tl.arange(0, G)[None, None, :, None]
+    c = tl.arange(0, C // G)[:, None, None, None] * G + lane
+    j = tl.arange(0, M // G)[:, None, None, None] * G + lane
 
-    at = (x + s * x_position)[None, :] + j.to(tl.int64) * x_rank
-    first = in_lanes(tl.load(at, mask=inside, other=0.0), M, B)
+    at = (x + s * x_position)[None, :] + rank.to(tl.int64) * x_rank
+    first = in_lanes(tl.load(at, mask=inside, other=0.0), W, G)
     rest = ()
     for k in tl.static_range(K):
-        rest = rest + (in_lanes(tl.load(at + (k + 1) * x_task, mask=inside, other=0.0), M, B),)
+        rest = rest + (in_lanes(tl.load(at + (k + 1) * x_task, mask=inside, other=0.0), W, G),)
     mean, y, finite, down1, down2, back1, back2 = centred_columns(first, rest, inverse_n, spread, K)
     nan = float("nan")
-    to_basis = basis + s[None, :] * basis_position + j.to(tl.int64) * basis_rank
+    to_basis = basis + s[None, :] * basis_position + rank.to(tl.int64) * basis_rank
     mean = tl.where(finite, mean * down2 * down1, nan)
-    tl.store(to_basis, mean.to(basis.dtype.element_ty), mask=inside)
+    tl.store(to_basis, flat(mean.to(basis.dtype.element_ty)), mask=inside)
 
     lines, diagonal = householder(y, j, K)
     core = ()
     for k in tl.static_range(K):
-        core = core + (tl.where(c < k, head(lines[k], M, C, B), tl.where(c == k, diagonal[k], 0.0)),)
+        core = core + (tl.where(c < k, head(lines[k], C // G), tl.where(c == k, diagonal[k], 0.0)),)
     triangle = core
     core, norms = jacobi_columns(core, c, K)
     directions, lives = orthonormal_columns(core, norms, c, K, COUNT)
-    energies = tl.zeros([C, B], tl.float32)
+    energies = tl.zeros_like(core[0])
     for k in tl.static_range(K):
         energies = tl.where(c == k, norms[k], energies)
 
     # u, one component after the other, of falling norm; and the coefficients.
     to_coeff = coeff + s[None, :] * coeff_position
     for k in range(components):
-        start = tl.zeros([C, B], tl.float32)
-        live = tl.zeros([1, B], tl.int32) > 0
+        start = tl.zeros_like(core[0])
+        live = norms[0] < 0
         for b in tl.static_range(COUNT):
             start = tl.where(k == b, directions[b], start)
             live = tl.where(k == b, lives[b], live)
-        u = padded(start, C, M, B) + ((j == k) & (k >= K)).to(tl.float32)
+        u = padded(start, M // G) + ((j == k) & (k >= K)).to(tl.float32)
         for back in tl.static_range(K):
             u = reflected(u, lines[K - 1 - back], j, K - 1 - back)
         u *= 1.5 - 0.5 * total(u * u)
-        sign = peak_sign(u.to(basis.dtype.element_ty).to(tl.float32), tl.arange(0, M))[None, :]
+        sign = peak_sign_of_columns(u.to(basis.dtype.element_ty).to(tl.float32), j)
         u = u * sign + 0.0
         to_basis += basis_component
-        tl.store(to_basis, tl.where(finite, u, nan).to(basis.dtype.element_ty), mask=inside)
+        tl.store(to_basis, flat(tl.where(finite, u, nan).to(basis.dtype.element_ty)), mask=inside)
 
-        shares = tl.zeros([C, B], tl.float32)  # Yᵀu
+        shares = tl.zeros_like(start)  # Yᵀu
         for b in tl.static_range(K):
             shares = tl.where(c == b, total(triangle[b] * start), shares)
         shares = tl.where(live, shares * sign, 0.0)
@@ -288,13 +308,20 @@ def _compress_columns(
         own = inverse_root_n * total(shares)
         others = tl.where(finite, (shares - spread * own) * back2 * back1 * down2 * down1, nan)
         own = tl.where(finite, own * back2 * back1 * down2 * down1, nan)
-        tl.store(to_coeff, own.to(coeff.dtype.element_ty), mask=valid)
-        tl.store(to_coeff + (c + 1).to(tl.int64) * coeff_task, others.to(coeff.dtype.element_ty), mask=valid & (c < K))
+        to_others = to_coeff + (in_order + 1).to(tl.int64) * coeff_task
+        tl.store(to_coeff, flat(own.to(coeff.dtype.element_ty)), mask=valid)
+        tl.store(to_others, flat(others.to(coeff.dtype.element_ty)), mask=valid & (in_order < K))
         to_coeff += coeff_component
 
-    energies = squared_times(falling(energies, tl.arange(0, C)), back1, back2)
-    energies = tl.where(finite, squared_times(energies, down1, down2), nan)
-    tl.store(energy + s[None, :] * K + c, energies, mask=valid & (c < K))
+    energies = squared_times(falling(flat(energies), tl.arange(0, C)), flat(back1), flat(back2))
+    energies = tl.where(flat(finite), squared_times(energies, flat(down1), flat(down2)), nan)
+    tl.store(energy + s[None, :] * K + in_order, energies, mask=valid & (in_order < K))
+
+
+@triton.jit
+def repeated(tile, ROWS: tl.constexpr, B: tl.constexpr, TIMES: tl.constexpr):
+    """A tile [ROWS, B], TIMES times beside itself: [1, ROWS, TIMES B]."""
+    return tl.reshape(tl.broadcast_to(tile[:, None, :], ROWS, TIMES, B), [1, ROWS, TIMES * B])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -324,7 +351,9 @@ def _compress_tile(
     RANKS_TOGETHER: tl.constexpr,
     WIDE: tl.constexpr,
     B: tl.constexpr,
+    PARTS: tl.constexpr,
     P: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
     r = r * VECTOR
     x_task = x_task.to(tl.int64) * VECTOR
@@ -335,16 +364,12 @@ def _compress_tile(
         x_rank = 1
     if RANKS_TOGETHER:
         basis_rank = 1
-    s = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     c = tl.arange(0, C)
     m = tl.arange(0, M)
-    valid = (s < positions)[None, :]
     k_all = tl.minimum(r, n - 1)
-
-    # The tasks from the second on, [C, M, B], and the first one's vector, which lies along the ranks.
-    at = (x + s * x_position)[None, :]
     over: tl.constexpr = 1 if WIDE else 0
     J: tl.constexpr = C if WIDE else M
+    TASKS: tl.constexpr = M if WIDE else C
     if WIDE:
         task = m[None, :, None]
         rank = c[:, None, None]
@@ -352,56 +377,75 @@ def _compress_tile(
         task = c[:, None, None]
         rank = m[None, :, None]
     j = tl.arange(0, J)[:, None]
-    first = tl.load(at + j.to(tl.int64) * x_rank, mask=valid & (j < r), other=0.0).to(tl.float32)
-    there = (task < n - 1) & (rank < r)
-    offsets = (task + 1) * x_task + rank.to(tl.int64) * x_rank
-    rest = tl.load(at[None, :, :] + offsets, mask=valid[None, :, :] & there, other=0.0).to(tl.float32)
-
-    first, rest, mean, y, finite, down1, down2, back1, back2 = _centred(first, rest, there, inverse_n, spread, over)
-
-    if WIDE:
-        v = tl.zeros([C, C, B], tl.float32) + (c[:, None, None] == c[None, :, None]).to(tl.float32)
-        y, v, norms = jacobi(y, v, c, True)
-        u = v
-    else:
-        y, u, norms = jacobi(y, y, c, False)
-        u = y
-    energies = squared_times(falling(norms, c), back1[None, :], back2[None, :])
-    top = tl.sum(tl.where(c[:, None] == 0, norms, 0.0), 0)
-
-    # u, one component after the other, lines of falling norm; and the coefficients, from x itself.
-    nan = float("nan")
-    inside = valid & (j < r)
-    to_basis = basis + s[None, :] * basis_position + j.to(tl.int64) * basis_rank
-    mean = tl.where(finite[None, :], mean * down2[None, :] * down1[None, :], nan)
-    tl.store(to_basis, mean.to(basis.dtype.element_ty), mask=inside)
-    to_coeff = coeff + s[None, :] * coeff_position
-    done = tl.zeros([P, J, B], tl.float32)
     of_p = tl.arange(0, P)[:, None, None]
-    for k in range(components):
-        squared = tl.sum(tl.where(c[:, None] == k, norms, 0.0), 0)
-        live = (squared > top * (DEFICIENT * DEFICIENT)) & (squared > TINY) & (k < k_all)
-        row = line(u, c, k)
-        if not WIDE:
-            row *= inverse_root(tl.where(live, squared, 1.0))[None, :]
-        row = orthonormal(row, done, live, tl.arange(0, J), r)
-        done = tl.where(of_p == k, row[None, :, :], done)
-        row = row * peak_sign(row.to(basis.dtype.element_ty).to(tl.float32), tl.arange(0, J))[None, :] + 0.0
-        to_basis += basis_component
-        tl.store(to_basis, tl.where(finite[None, :], row, nan).to(basis.dtype.element_ty), mask=inside)
+    nan = float("nan")
 
-        others = tl.sum(rest * tl.expand_dims(row, over), 1 - over)
-        others = tl.where(live[None, :], others, 0.0)
-        own = tl.where(live, tl.sum(first * row, 0), 0.0)[None, :]
-        found = tl.sum(others * others, 0)[None, :] + own * own
-        energies = tl.where((c[:, None] == k) & live[None, :], found, energies)
-        own = tl.where(finite[None, :], own * down2[None, :] * down1[None, :], nan)
-        others = tl.where(finite[None, :], others * down2[None, :] * down1[None, :], nan)
-        i = 1 + (m if WIDE else c)[:, None]
-        tl.store(to_coeff, own.to(coeff.dtype.element_ty), mask=valid)
-        tl.store(to_coeff + i.to(tl.int64) * coeff_task, others.to(coeff.dtype.element_ty), mask=valid & (i < n))
-        to_coeff += coeff_component
+    # Coefficients lie by positions: those of all PARTS groups wait to be stored together.
+    every = tl.program_id(0).to(tl.int64) * (PARTS * B) + tl.arange(0, PARTS * B)
+    of_first = tl.zeros([P, 1, PARTS * B], tl.float32)
+    of_others = tl.zeros([P, TASKS, PARTS * B], tl.float32)
+    for part in range(PARTS):
+        s = (tl.program_id(0).to(tl.int64) * PARTS + part) * B + tl.arange(0, B)
+        valid = (s < positions)[None, :]
+        here = (tl.arange(0, PARTS * B) // B == part)[None, None, :]
 
-    energies = squared_times(falling(energies, c), down1[None, :], down2[None, :])
-    energies = tl.where(finite[None, :], energies, nan)
-    tl.store(energy + s[None, :] * k_all + c[:, None], energies, mask=valid & (c < k_all)[:, None])
+        # The tasks from the second on, [C, M, B], and the first one's vector, which lies along the ranks. A load of fewer
+        # values than threads would be repeated, in every layout that wants it: hence copies, all but one of them masked.
+        at = (x + s * x_position)[None, :]
+        once = tl.arange(0, COPIES)[:, None, None] == 0
+        to_first = tl.broadcast_to((at + j.to(tl.int64) * x_rank)[None, :, :], COPIES, J, B)
+        first = tl.load(to_first, mask=once & (valid & (j < r))[None, :, :], other=0.0)
+        first = tl.sum(first.to(tl.float32), 0)
+        there = (task < n - 1) & (rank < r)
+        offsets = (task + 1) * x_task + rank.to(tl.int64) * x_rank
+        rest = tl.load(at[None, :, :] + offsets, mask=valid[None, :, :] & there, other=0.0).to(tl.float32)
+
+        first, rest, mean, y, finite, down1, down2, back1, back2 = _centred(first, rest, there, inverse_n, spread, over)
+        inside = valid & (j < r)
+        to_basis = basis + s[None, :] * basis_position + j.to(tl.int64) * basis_rank
+        mean = tl.where(finite[None, :], mean * down2[None, :] * down1[None, :], nan)
+        tl.store(to_basis, mean.to(basis.dtype.element_ty), mask=inside)
+
+        if WIDE:
+            v = tl.zeros([C, C, B], tl.float32) + (c[:, None, None] == c[None, :, None]).to(tl.float32)
+            y, v, norms = jacobi(y, v, c, True)
+            u = v
+        else:
+            y, u, norms = jacobi(y, y, c, False)
+            u = y
+        energies = squared_times(falling(norms, c), back1[None, :], back2[None, :])
+        top = tl.sum(tl.where(c[:, None] == 0, norms, 0.0), 0)
+
+        # u, one component after the other, lines of falling norm; and the coefficients, from x itself.
+        done = tl.zeros([P, J, B], tl.float32)
+        for k in range(components):
+            squared = tl.sum(tl.where(c[:, None] == k, norms, 0.0), 0)
+            live = (squared > top * (DEFICIENT * DEFICIENT)) & (squared > TINY) & (k < k_all)
+            row = line(u, c, k)
+            if not WIDE:
+                row *= inverse_root(tl.where(live, squared, 1.0))[None, :]
+            row = orthonormal(row, done, live, tl.arange(0, J), r)
+            done = tl.where(of_p == k, row[None, :, :], done)
+            row = row * peak_sign(row.to(basis.dtype.element_ty).to(tl.float32), tl.arange(0, J))[None, :] + 0.0
+            to_basis += basis_component
+            tl.store(to_basis, tl.where(finite[None, :], row, nan).to(basis.dtype.element_ty), mask=inside)
+
+            others = tl.sum(rest * tl.expand_dims(row, over), 1 - over)
+            others = tl.where(live[None, :], others, 0.0)
+            own = tl.where(live, tl.sum(first * row, 0), 0.0)[None, :]
+            found = tl.sum(others * others, 0)[None, :] + own * own
+            energies = tl.where((c[:, None] == k) & live[None, :], found, energies)
+            own = tl.where(finite[None, :], own * down2[None, :] * down1[None, :], nan)
+            others = tl.where(finite[None, :], others * down2[None, :] * down1[None, :], nan)
+            of_first = tl.where((of_p == k) & here, repeated(own, 1, B, PARTS), of_first)
+            of_others = tl.where((of_p == k) & here, repeated(others, TASKS, B, PARTS), of_others)
+
+        energies = squared_times(falling(energies, c), down1[None, :], down2[None, :])
+        energies = tl.where(finite[None, :], energies, nan)
+        tl.store(energy + s[None, :] * k_all + c[:, None], energies, mask=valid & (c < k_all)[:, None])
+
+    valid = (every < positions)[None, None, :] & (of_p < components)
+    to_coeff = coeff + of_p.to(tl.int64) * coeff_component + (every * coeff_position)[None, None, :]
+    i = 1 + (m if WIDE else c)[None, :, None]
+    tl.store(to_coeff, of_first.to(coeff.dtype.element_ty), mask=valid)
+    tl.store(to_coeff + i.to(tl.int64) * coeff_task, of_others.to(coeff.dtype.element_ty), mask=valid & (i < n))

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import lora
 from ._jacobi import LARGEST, TINY, inverse_root, jacobi, line, orthonormal, peak_sign, scale_of
-from ._launch import launch, require, require_floats, vector_width
+from ._launch import launch, most_registers, require, require_floats, vector_width
 from ._limits import LARGEST_K, LARGEST_TILE, power_of_two, truncated_svd_fits
 
 # On 16 × 8 matrices in a single warp Triton 3.4's LLVM fails an assertion, which ends the process.
@@ -35,6 +36,7 @@ def truncated_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     lines, length = power_of_two(min(m, k)), power_of_two(max(m, k))
     group = max(1, min(8, LARGEST_TILE // 2 // (lines * length)))
     vector = vector_width(x)
+    warps = max(FEWEST_WARPS, min(16, group * lines * length // 1024))
     tall = m >= k
     sizes = (m, k // vector) if tall else (k // vector, m)
     launch(
@@ -56,7 +58,8 @@ def truncated_svd(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         M=length,
         P=power_of_two(rank),
         VECTOR=vector,
-        num_warps=max(FEWEST_WARPS, min(16, group * lines * length // 1024)),
+        num_warps=warps,
+        maxnreg=most_registers(lora.arch(x.device), warps),
     )
     return u, s, vh
 
