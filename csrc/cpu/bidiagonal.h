@@ -233,7 +233,8 @@ auto squared_singular_values(V* q, V* e, int64_t size, V* values) {
     shift = select(found < T(k - 2), select(good, guess, retry), zero);
   }
   const V apart = (upper - lower) + between, radius2 = apart * apart + T(4) * between * lower;
-  const V safe = select(radius2 > Bits<T>::tiny, radius2, splat_as<V>(Bits<T>::tiny));
+  constexpr T least_radius2 = Bits<T>::zero_square * Bits<T>::zero_square;
+  const V safe = select(radius2 > least_radius2, radius2, splat_as<V>(least_radius2));
   const V larger = T(0.5) * (((upper + between) + lower) + safe * rsqrt(safe));
   values[k - 2] = offset + upper * (lower / larger);
   values[k - 1] = offset + larger;
