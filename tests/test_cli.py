@@ -349,16 +349,20 @@ def test_interrupts_leave_nothing(
     run: Any, make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
 ) -> None:
     path = make_adapter("one")
-    before, handlers = contents(tmp_path), [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
+    before = contents(tmp_path)
     monkeypatch.setattr(where, lambda *arguments, **options: os.kill(os.getpid(), number))
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have it ignored
+    # A job in the background or under nohup has them ignored.
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    inherited = {each: signal.signal(each, handler) for each, handler in defaults.items()}
     try:
         result = run("merge", path, "-o", tmp_path / "out", "-p", 0)
+        left = {each: signal.getsignal(each) for each in defaults}
     finally:
-        signal.signal(signal.SIGINT, inherited)
+        for each, handler in inherited.items():
+            signal.signal(each, handler)
     assert (result.code, result.out, result.err) == (130, "", "rmm-kernels: interrupted\n")
     assert contents(tmp_path) == before and [entry.name for entry in tmp_path.iterdir()] == ["adapters"]
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)] == handlers
+    assert left == defaults
 
 
 # ---------------------------------------------------------------- as a process
