@@ -13,63 +13,6 @@
 namespace rmm {
 namespace RMM_ISA {
 
-// What is done to whole matrices goes by the single vectors of a V, several columns or rows of them at once: then most operands
-// are in registers. Part is such a vector, and `step` tells how many of them make a V.
-template <class V>
-struct Parts {
-  using Part = V;
-  static constexpr int step = 1;
-};
-template <class V>
-struct Parts<Pair<V>> {
-  using Part = V;
-  static constexpr int step = 2;
-};
-template <class V>
-using Part = typename Parts<V>::Part;
-template <class V>
-RMM_INLINE Part<V>* part(V* v, int index) {
-  return reinterpret_cast<Part<V>*>(v) + index;
-}
-template <class V>
-RMM_INLINE const Part<V>* part(const V* v, int index) {
-  return reinterpret_cast<const Part<V>*>(v) + index;
-}
-
-// body(first, N) for `count` in fours, N = 4, and for the rest of them.
-template <class Body>
-RMM_INLINE void in_fours(int64_t count, const Body& body) {
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) body(i, std::integral_constant<int, 4>{});
-  if (count - i == 3) body(i, std::integral_constant<int, 3>{});
-  if (count - i == 2) body(i, std::integral_constant<int, 2>{});
-  if (count - i == 1) body(i, std::integral_constant<int, 1>{});
-}
-
-// out[c] = v · columns[c], rows ≥ 1.
-template <int N, int Step, class V>
-RMM_INLINE void dots_with(const V* v, const V* columns, int64_t stride, int64_t rows, V* out) {
-  for (int64_t i = 0; i < rows;) {
-    const int64_t begin = i, end = i + kLongSum < rows ? i + kLongSum : rows;
-    V even[N], odd[N];
-    for (int c = 0; c < N; ++c) even[c] = v[i * Step] * columns[(c * stride + i) * Step];
-    for (int c = 0; c < N; ++c) odd[c] = i + 1 < end ? v[(i + 1) * Step] * columns[(c * stride + i + 1) * Step] : V{};
-    for (i += 2; i + 2 <= end; i += 2) {
-      const V first = v[i * Step], second = v[(i + 1) * Step];
-      for (int c = 0; c < N; ++c) even[c] += first * columns[(c * stride + i) * Step];
-      for (int c = 0; c < N; ++c) odd[c] += second * columns[(c * stride + i + 1) * Step];
-    }
-    if (i < end) {
-      for (int c = 0; c < N; ++c) even[c] += v[i * Step] * columns[(c * stride + i) * Step];
-    }
-    i = end;
-    for (int c = 0; c < N; ++c) {
-      const V some = even[c] + odd[c];
-      out[c * Step] = begin == 0 ? some : out[c * Step] + some;
-    }
-  }
-}
-
 // out[i] = Σ_c columns[c][i] row[c], cols ≥ 1.
 template <int N, int Step, class V>
 RMM_INLINE void product_with(const V* row, const V* columns, int64_t stride, int64_t cols, V* out) {
@@ -155,9 +98,11 @@ void bidiagonalise(V* a, int64_t rows, int64_t size, V* right, V* tau, V* diagon
   }
 }
 
+constexpr int kBidiagonal = 4;  // columns from which on Jacobi takes longer
+
 // The squared singular values, falling, of a bidiagonal matrix of k ≥ 3 rows from its squared entries: q the diagonal's, none
-// zero, e the others'. q and e are overwritten and have room for as many again behind them. Returns the lanes in which they
-// converged.
+// zero, e the others'; the least of them, which stand for zeros, come out as 0. q and e are overwritten and have room for as
+// many again behind them. Returns the lanes in which they converged.
 //
 // A sweep is a step of dqds: q and e become those of a matrix whose squared singular values are all less by `shift`. That must
 // not exceed the least one: where it did, a q comes out negative, and the lane takes its sweep back and tries less. A value
@@ -254,6 +199,7 @@ auto squared_singular_values(V* q, V* e, int64_t size, V* values) {
       values[c + 1] = select(wrong, left, right);
     }
   }
+  for (int64_t c = 0; c < k; ++c) values[c] = select(values[c] > T(8) * Bits<T>::zero_square, values[c], zero);
   return found == T(k - 2);
 }
 
@@ -351,7 +297,7 @@ struct Bidiagonal {
   void factor() {
     using T = Scalar<V>;
     int64_t length = rows;
-    if (rows >= 3 * k && k > 3) {
+    if (rows >= 3 * k && k >= kBidiagonal) {
       triangular();
       length = k;
     }
@@ -405,7 +351,6 @@ struct Bidiagonal {
 // `room` is for 5 k.
 template <int K, class V>
 auto squared_singular_values_of(const Bidiagonal<V>* matrices, V* const* values, Pair<V>* room) {
-  using T = Scalar<V>;
   const int64_t k = K ? K : matrices[0].k;
   Pair<V>*const q = room, *const e = room + 2 * k, *const found = room + 4 * k;
   for (int64_t i = 0; i < k; ++i) {
@@ -413,10 +358,9 @@ auto squared_singular_values_of(const Bidiagonal<V>* matrices, V* const* values,
     if (i + 1 < k) e[i] = {matrices[0].e[i], matrices[1].e[i]};
   }
   const auto converged = squared_singular_values<K>(q, e, k, found);
-  for (int64_t c = 0; c < k; ++c) {  // back to zero what was made not to be
-    const Pair<V> value = select(found[c] > T(8) * Bits<T>::zero_square, found[c], Pair<V>{});
-    values[0][c] = value.low;
-    values[1][c] = value.high;
+  for (int64_t c = 0; c < k; ++c) {
+    values[0][c] = found[c].low;
+    values[1][c] = found[c].high;
   }
   return converged;
 }

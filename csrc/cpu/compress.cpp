@@ -71,7 +71,29 @@ class Compressor {
       const int64_t left = g < count ? positions_ - groups_[g].first : 0;
       groups_[g].lanes = left < kLanes<T> ? static_cast<int>(left) : kLanes<T>;
     }
-    groups_of<kBidiagonal>();
+    Bidiagonal<Wide> matrices[2] = {{y_, rows_, k_, rooms_[0], work_}, {y_, rows_, k_, rooms_[1], work_}};
+    for (int pair = 0; pair < 2; ++pair) {
+      for (int g = 2 * pair; g < 2 * pair + 2; ++g) {
+        if (groups_[g].lanes > 0) {
+          load_and_scale(groups_[g]);
+          centre(groups_[g], g);
+        } else {
+          for (int64_t i = 0; i < columns_ * r_; ++i) half(y_, g, i) = Vec<T>{};
+        }
+      }
+      if (k_ > 0) with_size<kBidiagonal>([&](auto k) { matrices[pair].template factor<k>(); });
+    }
+    PairMask<PairMask<Mask<T>>> good{};
+    if (k_ >= kBidiagonal) {
+      with_size<kBidiagonal>([&](auto k) { good = squared_singular_values_of<k>(matrices, values_, found_); });
+    }
+    for (int pair = 0; pair < 2; ++pair) {
+      if (k_ > 0) directions(matrices[pair], values_[pair], pair == 0 ? good.low : good.high, 2 * pair);
+      components(2 * pair);
+      for (int g = 2 * pair; g < 2 * pair + 2; ++g) {
+        if (groups_[g].lanes > 0) write(groups_[g], g, values_[pair]);
+      }
+    }
   }
 
  private:
@@ -88,39 +110,14 @@ class Compressor {
   // What one of a pair's groups has of entry i.
   RMM_INLINE Vec<T>& half(Wide* what, int g, int64_t i) { return reinterpret_cast<Vec<T>*>(what)[2 * i + g % 2]; }
 
-  // For a k of at least K, to be found.
-  template <int K>
-  void groups_of() {
-    if constexpr (K > 8 || sizeof(T) == 8) {  // enough for the shortest loops; more would take long to compile
-      groups_of_size<0>();
+  // body(k), as a constant where it is from K to 8 and T float, else 0: enough for the shortest loops; more would take long to
+  // compile.
+  template <int K, class Body>
+  void with_size(const Body& body) {
+    if constexpr (K > 8 || sizeof(T) == 8) {
+      body(std::integral_constant<int, 0>{});
     } else {
-      k_ == K ? groups_of_size<K>() : groups_of<K + 1>();
-    }
-  }
-
-  // K is k where that is known when compiling, else 0.
-  template <int K>
-  void groups_of_size() {
-    Bidiagonal<Wide> matrices[2] = {{y_, rows_, k_, rooms_[0], work_}, {y_, rows_, k_, rooms_[1], work_}};
-    for (int pair = 0; pair < 2; ++pair) {
-      for (int g = 2 * pair; g < 2 * pair + 2; ++g) {
-        if (groups_[g].lanes > 0) {
-          load_and_scale(groups_[g]);
-          centre(groups_[g], g);
-        } else {
-          for (int64_t i = 0; i < columns_ * r_; ++i) half(y_, g, i) = Vec<T>{};
-        }
-      }
-      if (k_ > 0) matrices[pair].template factor<K>();
-    }
-    PairMask<PairMask<Mask<T>>> converged{};
-    if (k_ >= kBidiagonal) converged = squared_singular_values_of<K>(matrices, values_, found_);
-    for (int pair = 0; pair < 2; ++pair) {
-      if (k_ > 0) directions<K>(matrices[pair], values_[pair], pair == 0 ? converged.low : converged.high, 2 * pair);
-      components(2 * pair);
-      for (int g = 2 * pair; g < 2 * pair + 2; ++g) {
-        if (groups_[g].lanes > 0) write(groups_[g], g, values_[pair]);
-      }
+      k_ == K ? body(std::integral_constant<int, K>{}) : with_size<K + 1>(body);
     }
   }
 
@@ -228,9 +225,11 @@ class Compressor {
 
   // vectors_ [live][k]: the leading right singular vectors of A, no direction where σ is negligible, as kept_ says; by Jacobi,
   // and then values too, in the lanes where it takes that. Of the pair of groups that begins with g.
-  template <int K>
   void directions(const Bidiagonal<Wide>& matrix, Wide* values, PairMask<Mask<T>> good, int g) {
-    if (k_ >= kBidiagonal) good &= matrix.template vectors<K>(values, live_, vectors_, kept_, Bits<T>::deficient);
+    if (k_ >= kBidiagonal) {
+      with_size<kBidiagonal>(
+          [&](auto k) { good &= matrix.template vectors<k>(values, live_, vectors_, kept_, Bits<T>::deficient); });
+    }
     if (groups_[g].lanes > 0 && any<T>(~good.low)) directions_by_jacobi(matrix, values, ~good.low, g);
     if (groups_[g + 1].lanes > 0 && any<T>(~good.high)) directions_by_jacobi(matrix, values, ~good.high, g + 1);
     matrix.turn_back(vectors_, live_);
@@ -275,17 +274,8 @@ class Compressor {
       if (groups_[g + 1].lanes > 0) weigh(groups_[g + 1], g + 1);
     }
     for (int64_t c = 0; c < p_; ++c) {
-      Wide* const u = components_ + c * r_;
-      auto dead = Wide{} >= Wide{};
-      if (c < live_) {
-        take_out(components_, r_, c);
-        const Wide square = dot(u, u, r_);
-        const auto live = (kept_[c] > T(0)) & (square > Bits<T>::tiny);
-        const Wide inverse = rsqrt(select(live, square, splat_as<Wide>(1)));
-        for (int64_t j = 0; j < r_; ++j) u[j] *= inverse;
-        dead = ~live;
-      }
-      if (any(dead)) complete(components_, r_, c, dead);
+      if (c < live_) take_out(components_, r_, c);
+      make_unit(components_, r_, c, c < live_ ? kept_[c] > T(0) : Wide{} > Wide{}, Bits<T>::tiny);
     }
   }
 
@@ -368,7 +358,7 @@ class Compressor {
     Vec<T> kept[N], energy[N], some[N], row[N];
     for (int b = 0; b < N; ++b) {
       kept[b] = c + b < live_ ? half(kept_, g, c + b) : Vec<T>{};
-      energy[b] = some[b] = row[b] = Vec<T>{};
+      energy[b] = some[b] = Vec<T>{};
     }
     for (int64_t i = 0; i < n_; ++i) {
       dots_with<N, 1>(group.x + i * task_, u_ + c * r_, r_, r_, row);
@@ -387,8 +377,6 @@ class Compressor {
     }
     for (int b = 0; b < N && c + b < live_; ++b) energy_[c + b] = select<T>(kept[b] > T(0), energy[b], energy_[c + b]);
   }
-
-  static constexpr int kBidiagonal = 4;  // from how many columns on Jacobi takes longer
 
   const CompressArgs& args_;
   const int64_t n_, positions_, r_, p_, columns_, k_, live_;

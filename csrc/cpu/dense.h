@@ -33,18 +33,61 @@ RMM_INLINE V dot(const V* a, const V* b, int64_t rows) {
   return (first + second) + (third + fourth);
 }
 
-// out[c] = a · columns[c], c < count.
+// What is done to whole matrices goes by the single vectors of a V, several columns or rows of them at once: then most operands
+// are in registers. Part is such a vector, and `step` tells how many of them make a V.
 template <class V>
-RMM_INLINE void dots(const V* a, const V* columns, int64_t rows, int64_t count, V* out) {
-  int64_t c = 0;
-  for (; c + 4 <= count; c += 4) {
-    V sum[4] = {};
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int b = 0; b < 4; ++b) sum[b] += a[i] * columns[(c + b) * rows + i];
+struct Parts {
+  using Part = V;
+  static constexpr int step = 1;
+};
+template <class V>
+struct Parts<Pair<V>> {
+  using Part = V;
+  static constexpr int step = 2;
+};
+template <class V>
+using Part = typename Parts<V>::Part;
+template <class V>
+RMM_INLINE Part<V>* part(V* v, int index) {
+  return reinterpret_cast<Part<V>*>(v) + index;
+}
+template <class V>
+RMM_INLINE const Part<V>* part(const V* v, int index) {
+  return reinterpret_cast<const Part<V>*>(v) + index;
+}
+
+// body(first, N) for `count` in fours, N = 4, and for the rest of them.
+template <class Body>
+RMM_INLINE void in_fours(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) body(i, std::integral_constant<int, 4>{});
+  if (count - i == 3) body(i, std::integral_constant<int, 3>{});
+  if (count - i == 2) body(i, std::integral_constant<int, 2>{});
+  if (count - i == 1) body(i, std::integral_constant<int, 1>{});
+}
+
+// out[c] = v · columns[c].
+template <int N, int Step, class V>
+RMM_INLINE void dots_with(const V* v, const V* columns, int64_t stride, int64_t rows, V* out) {
+  V total[N];
+  for (int c = 0; c < N; ++c) total[c] = V{};
+  for (int64_t i = 0; i < rows;) {
+    const int64_t end = i + kLongSum < rows ? i + kLongSum : rows;
+    V even[N], odd[N];
+    for (int c = 0; c < N; ++c) even[c] = v[i * Step] * columns[(c * stride + i) * Step];
+    for (int c = 0; c < N; ++c) odd[c] = i + 1 < end ? v[(i + 1) * Step] * columns[(c * stride + i + 1) * Step] : V{};
+    for (i += 2; i + 2 <= end; i += 2) {
+      const V first = v[i * Step], second = v[(i + 1) * Step];
+      for (int c = 0; c < N; ++c) even[c] += first * columns[(c * stride + i) * Step];
+      for (int c = 0; c < N; ++c) odd[c] += second * columns[(c * stride + i + 1) * Step];
     }
-    for (int b = 0; b < 4; ++b) out[c + b] = sum[b];
+    if (i < end) {
+      for (int c = 0; c < N; ++c) even[c] += v[i * Step] * columns[(c * stride + i) * Step];
+    }
+    i = end;
+    for (int c = 0; c < N; ++c) total[c] += even[c] + odd[c];
   }
-  for (; c < count; ++c) out[c] = dot(a, columns + c * rows, rows);
+  for (int c = 0; c < N; ++c) out[c * Step] = total[c];
 }
 
 // columns ← (I − tau v vᵀ) columns, `count` of them, `stride` apart: two at a time, which share v and do not wait for each
@@ -224,6 +267,17 @@ void complete(V* columns, int64_t rows, int64_t c, M dead) {
     const V inverse = select(off, rsqrt(select(off, square, one)), one);
     for (int64_t i = 0; i < rows; ++i) column[i] *= inverse;
   }
+}
+
+// Makes the norm of column c 1; completes it where not `usable`, or where its square is at most `least`.
+template <class V, class M>
+RMM_INLINE void make_unit(V* columns, int64_t rows, int64_t c, M usable, Scalar<V> least) {
+  V* const column = columns + c * rows;
+  const V square = dot(column, column, rows);
+  const auto live = usable & (square > least);
+  const V inverse = rsqrt(select(live, square, splat_as<V>(1)));
+  for (int64_t i = 0; i < rows; ++i) column[i] *= inverse;
+  if (any(~live)) complete(columns, rows, c, ~live);
 }
 
 // ±1 per lane: the sign of the component of largest magnitude, the lowest index on ties, as the vector will be stored. Its

@@ -29,7 +29,7 @@ void project_groups(const ProjectArgs& args, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < n; ++i) {
       load_tile<T>(x.dtype, x.at(i, first), x.stride[1], x.stride[2], lanes, r, centred);
       for (int64_t j = 0; j < r; ++j) centred[j] -= u[j];
-      dots(centred, u + r, r, p, c);
+      in_fours(p, [&](int64_t k, auto some) { dots_with<some, 1>(centred, u + (k + 1) * r, r, r, c + k); });
       store_tile<T>(coeff.dtype, coeff.at(i, 0, first), coeff.stride[2], coeff.stride[1], lanes, p, c);
     }
   }

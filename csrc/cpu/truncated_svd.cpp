@@ -114,7 +114,6 @@ class Decomposer {
         e_[i] = matrix.e[i];
       }
       good = squared_singular_values<0>(q_, e_, n_, values_);
-      for (int64_t c = 0; c < n_; ++c) values_[c] = select(values_[c] > T(8) * Bits<T>::zero_square, values_[c], V{});
       good &= matrix.template vectors<0>(values_, rank_, right_, kept_, T(0));
     }
     for (int h = 0; h < kGroups; ++h) {
@@ -122,10 +121,7 @@ class Decomposer {
       if (any<T>(bad)) right_vectors_by_jacobi(matrix, bad, h);
     }
     matrix.turn_back(right_, rank_);
-    for (int64_t c = 0; c < rank_; ++c) {
-      take_out(right_, n_, c);
-      normalise(right_, n_, c);
-    }
+    for (int64_t c = 0; c < rank_; ++c) orthonormalise(right_, n_, c);
   }
 
   // In some lanes of group h, those of B, by rotations gathered in an identity beneath it.
@@ -160,21 +156,14 @@ class Decomposer {
       sigma_[c] = square * inverse;
       if (c > 0) sigma_[c] = smaller(sigma_[c], sigma_[c - 1]);  // equal ones may differ by a rounding
       for (int64_t i = 0; i < m_; ++i) left[i] *= inverse;
-      for (int pass = 0; pass < 2; ++pass) {
-        take_out(left_, m_, c);
-        normalise(left_, m_, c);
-      }
+      for (int pass = 0; pass < 2; ++pass) orthonormalise(left_, m_, c);
     }
   }
 
-  // Makes the norm of column c 1; where nothing is left of it, completes it.
-  RMM_INLINE void normalise(V* vectors, int64_t rows, int64_t c) {
-    V* const vector = vectors + c * rows;
-    const V square = dot(vector, vector, rows);
-    const auto live = square > T(1e4) * Bits<T>::epsilon * Bits<T>::epsilon;
-    const V inverse = rsqrt(select(live, square, splat_as<V>(1)));
-    for (int64_t i = 0; i < rows; ++i) vector[i] *= inverse;
-    if (any(~live)) complete(vectors, rows, c, ~live);
+  // Takes out of column c what it has of the ones before it, and makes its norm 1; where nothing is left of it, completes it.
+  void orthonormalise(V* vectors, int64_t rows, int64_t c) {
+    take_out(vectors, rows, c);
+    make_unit(vectors, rows, c, V{} >= V{}, T(1e4) * Bits<T>::epsilon * Bits<T>::epsilon);
   }
 
   void write(int64_t first, int lanes, int h) {
@@ -197,8 +186,6 @@ class Decomposer {
     }
     store_tile<T>(s.dtype, s.at(first), s.stride[0], s.stride[1], lanes, rank_, row_);
   }
-
-  static constexpr int kBidiagonal = 4;  // from how many columns on Jacobi takes longer
 
   const SvdArgs& args_;
   const bool tall_;

@@ -57,14 +57,12 @@ def has_kernel_for(x: Tensor) -> bool:
     """Whether `truncated_svd` gives x [B, m, k] to a kernel of this package."""
     batch, m, k = x.shape
     short = min(m, k)
-    if short > _large_svd.SHORTEST and x.dtype != torch.float64:
-        return False
     backend = _library.runs_on("truncated_svd", x)
     if backend == "triton":
         return batch >= _FEWEST_ON_GPU and short <= _LARGEST_IN_TRITON and _limits.truncated_svd_fits(m, k)
     if backend == "cuda":
         return batch >= _FEWEST_ON_GPU and short <= _large_svd.SHORTEST
-    return short <= _SMALL or (batch >= _SEVERAL and short <= _large_svd.SHORTEST)
+    return backend == "cpu" and (short <= _SMALL or (batch >= _SEVERAL and short <= _large_svd.SHORTEST))
 
 
 def _fake(x: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
