@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-tests=(tests/test_{gram,truncated_svd,project,compress,reconstruct,lora_shrink,lora_expand,lora_forward}.py)
+tests=(tests/test_{gram,truncated_svd,project,compress,reconstruct,error_grams,lora_shrink,lora_expand,lora_forward}.py)
 
 if [ "${1:-}" = --dry-run ]; then
     "$python" -m pytest --collect-only -qq "${tests[@]}" > /dev/null

@@ -45,6 +45,7 @@ def kernels() -> dict[str, Callable[[], object]]:
     basis, coeff, _ = rmm_kernels.compress(x, 4)
     calls["project 512 of 16x8"] = lambda: rmm_kernels.project(x, basis)
     calls["reconstruct 512 of 16x8"] = lambda: rmm_kernels.reconstruct(basis, coeff, torch.arange(8))
+    calls["error_grams 512 of 16x8"] = lambda: rmm_kernels.error_grams(x, basis, coeff)
     matrices = randn(512, 16, 8)
     calls["gram 512 of 16x8"] = lambda: rmm_kernels.gram(matrices, center=True)
     calls["truncated_svd 512 of 16x8"] = lambda: rmm_kernels.truncated_svd(matrices, 4)
@@ -89,7 +90,7 @@ def count() -> dict[str, Any]:
 
     if shutil.which("valgrind") is None:
         raise FileNotFoundError("valgrind is not installed: its callgrind counts the instructions")
-    ops = ("compress", "project", "reconstruct", "gram", "truncated_svd", "lora_shrink", "lora_expand")
+    ops = ("compress", "project", "reconstruct", "error_grams", "gram", "truncated_svd", "lora_shrink", "lora_expand")
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "counts"
         valgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", "--instr-atstart=no", "--collect-atstart=no"]

@@ -182,6 +182,15 @@ def plain_reconstruct(basis: Tensor, coeff: Tensor, task_ids: Tensor) -> Callabl
     return lambda: basis[0] + torch.einsum("nps,psr->nsr", coeff[task_ids], basis[1:])
 
 
+def plain_error_grams(x: Tensor, basis: Tensor, coeff: Tensor) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        restored = basis[0] + torch.einsum("nps,psr->nsr", coeff, basis[1:])
+        error = x - restored
+        return torch.stack([error.mT @ error, error.mT @ restored, restored.mT @ restored])
+
+    return call
+
+
 def gather_shrink(x: Tensor, basis_a: Tensor, coeff_a: Tensor, task_ids: Tensor) -> Callable[[], Tensor]:
     """Every token's own copy of its task's restored lora_a, then a batched product."""
     lora_a = basis_a[0] + torch.einsum("npi,pri->nri", coeff_a, basis_a[1:])
@@ -213,6 +222,7 @@ OPS: dict[str, dict[str, Callable[..., Callable[[], object]]]] = {
     "truncated_svd": {SVD: plain_svd, LOWRANK: svd_lowrank},
     "project": {PLAIN: plain_project},
     "reconstruct": {PLAIN: plain_reconstruct},
+    "error_grams": {PLAIN: plain_error_grams},
     "lora_shrink": {GATHER: gather_shrink},
     "lora_expand_": {GATHER: gather_expand},
 }

@@ -21,6 +21,7 @@ _COLOURS = {
     "truncated_svd": "tab:purple",
     "project": "tab:brown",
     "reconstruct": "tab:olive",
+    "error_grams": "tab:cyan",
     "merge": "tab:gray",
 }
 _MARKERS = {1: "o", 2: "s"}

@@ -221,6 +221,7 @@ def _bounds(result: Result) -> Iterator[str]:
             ("gram",),
             ("project",),
             ("reconstruct",),
+            ("error_grams",),
             ("forward T=64, 64 of 64", "r=16", "Llama-3-8B"),
             ("forward T=256",),
         ):

@@ -228,6 +228,15 @@ def _ops() -> list[Workload]:
             PLAIN,
         ),
         _op(
+            "error_grams",
+            "14336 positions, 8 tasks",
+            basis,
+            lambda: (_randn(n, wide, r), *_basis_and_coeff(n, wide, r, p)),
+            wide * (n * r + (p + 1) * r + n * p),
+            wide * n * (r * (2 * p + 1) + 2 * r * (2 * r + 1)),  # the symmetric ones once
+            PLAIN,
+        ),
+        _op(
             "lora_shrink",
             "T=64 of 64 tasks",
             {"tokens": 64, "n": 64, "r": r, "p": p, "d": d},

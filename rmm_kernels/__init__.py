@@ -9,6 +9,7 @@ from .merge import MergedAdapters, MergedModule, MergeError, merge
 from .modules import Attachment, MultiTaskLoRALinear, attach
 from .ops import (
     compress,
+    error_grams,
     gram,
     lora_expand_,
     lora_forward,
@@ -37,6 +38,7 @@ __all__ = [
     "backends",
     "build_info",
     "compress",
+    "error_grams",
     "gram",
     "load_adapter",
     "load_adapters",

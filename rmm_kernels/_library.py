@@ -29,6 +29,7 @@ SCHEMAS = {
     "project": "(Tensor x, Tensor basis) -> Tensor",
     "compress": "(Tensor x, int components) -> (Tensor, Tensor, Tensor)",
     "reconstruct": "(Tensor basis, Tensor coeff, Tensor task_ids) -> Tensor",
+    "error_grams": "(Tensor x, Tensor basis, Tensor coeff) -> Tensor",
     "lora_shrink": "(Tensor x, Tensor basis_a, Tensor coeff_a, Tensor task_ids) -> Tensor",
     "lora_expand_": "(Tensor(a!) y, Tensor u, Tensor basis_b, Tensor coeff_b, Tensor task_ids, Tensor scaling) -> ()",
     "lora_forward_": f"(Tensor(a!) y, Tensor x, {_FACTORS}) -> ()",
@@ -146,6 +147,7 @@ LEFT_TO_TORCH = {
         "cuda": "fewer than 16 matrices, min(m, k) > 128 (256 in the overload), or 16 columns beyond a block's shared memory",
         "triton": "fewer than 16 matrices, min(m, k) > 64, or m · k > 16384 with both rounded up to powers of two",
     },
+    "error_grams": {"cpu": "float64 factors of another dtype's basis, or another's of a float64 one"},
     "compress": {
         "cuda": "min(r, n − 1) > 256, or 16 tasks' vectors beyond a block's shared memory",
         "triton": "min(r, n − 1) > 64, or a tile of more than 16384 values",

@@ -94,6 +94,7 @@ def _cases(device: str, dtype: torch.dtype) -> list[_Case]:
         _Case("project", tasks, (x, basis), stacked, _same),
         _Case("compress", f"{tasks}, p = {_P}", (x, _P), stacked, _restored),
         _Case("reconstruct", tasks, (basis, coeff, torch.arange(_N, device=device)), stacked, _same),
+        _Case("error_grams", f"{tasks}, p = {_P}", (x, basis, coeff), stacked, _same),
         _Case("lora_shrink", mixed, (tokens, basis_a, coeff, ids), tokens.numel() + layer, _same),
         _Case("lora_expand_", mixed, (y, u, basis_b, coeff, ids, scaling), 2 * y.numel() + layer, _same),
         _Case("lora_forward_", mixed, (y, *across), 3 * y.numel() + 2 * layer, _same),

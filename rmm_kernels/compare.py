@@ -37,7 +37,7 @@ def alternatives(adapters: Sequence[Adapter], merged_bytes: int, modules: Iterab
             b = stack_b.fill(present, module, "B", rank, torch.float32)
             for method in methods:
                 new_a, new_b = method.approximate(a, b)
-                squares[method.name] += delta.squares(_compare(a.mT, new_a.mT), _compare(b, new_b), scaling)
+                squares[method.name] += delta.squares(delta.grams(a.mT, new_a.mT), delta.grams(b, new_b), scaling)
     return tuple(
         Alternative(
             method.name,
@@ -46,10 +46,6 @@ def alternatives(adapters: Sequence[Adapter], merged_bytes: int, modules: Iterab
         )
         for method in methods
     )
-
-
-def _compare(x: Tensor, copy: Tensor) -> Tensor:
-    return delta.grams(x, lambda block: copy[:, block])
 
 
 def _truncated(adapters: Sequence[Adapter], merged_bytes: int) -> _Method:

@@ -3,67 +3,66 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from .ops.error_grams import error_grams
 from .ops.reconstruct import reconstruct
-
-# Values of x and of its restored copy looked at together: enough for one matrix product, few enough for a core's cache.
-_CHUNK = 1 << 17
 
 # Squared norms of a factor whose products, and whose differences near rounding error squared, fp32 still holds. Others
 # are taken in fp64.
 _SAFE = (1e-16, 1e30)
 
 
-def grams(x: Tensor, restored: Callable[[slice], Tensor]) -> Tensor:
-    """Compare a factor with its restored copy x̂, a block of positions at a time.
+def restored_grams(x: Tensor, basis: Tensor, coeff: Tensor, rows: Sequence[int], ranks: Sequence[int]) -> Tensor:
+    """`error_grams` of a factor and what `basis` [p+1, S, r] and `coeff` [m, p, S] restore of it for tasks `rows`.
 
     Args:
-        x: [n, S, r], any strides.
-        restored: gives x̂ at a slice of positions, [n, s, r].
+        x: [n, S, r]: the originals of those n tasks, zero beyond the true rank of each, as `ranks` [n] gives it: what is
+            restored there is not counted.
 
     Returns:
         [3, n, r, r], fp64: (x − x̂)ᵀ(x − x̂), (x − x̂)ᵀx̂ and x̂ᵀx̂ of every task, summed over positions.
     """
-    fp32 = _grams(x, restored, torch.float32)
+    chosen = coeff if list(rows) == list(range(len(coeff))) else coeff[torch.tensor(rows)]
+    if (x.dtype == torch.float64) == (basis.dtype == torch.float64):
+        found = _cut(error_grams(x, basis, chosen), ranks)
+        if _safe(found):
+            return found
+    copy = reconstruct(basis, chosen, torch.arange(len(chosen)))
+    return _cut(_of_copies(x.double(), copy.double()), ranks)
+
+
+def grams(x: Tensor, copy: Tensor) -> Tensor:
+    """The same of x [n, S, r] and any copies of its factors [n, S, r]."""
+    found = _of_copies(x, copy)
+    return found if _safe(found) else _of_copies(x.double(), copy.double())
+
+
+def _of_copies(x: Tensor, copy: Tensor) -> Tensor:
+    """`error_grams` where every task has a basis of its own: a mean, the copy, and no components."""
+    n, positions, r = x.shape
+    none = copy.new_empty(1, 0, positions)
+    found = torch.zeros(3, n, r, r, dtype=torch.float64)
+    for task in range(n):
+        found[:, task] = error_grams(x[task : task + 1], copy[task : task + 1], none)[:, 0]
+    return found
+
+
+def _cut(grams: Tensor, ranks: Sequence[int]) -> Tensor:
+    """0 in all that belongs to ranks that a task does not have."""
+    r = grams.shape[2]
+    if min(ranks) == r:
+        return grams
+    within = torch.arange(r) < torch.tensor(ranks)[:, None]
+    return torch.where(within[:, :, None] & within[:, None], grams, 0.0)
+
+
+def _safe(grams: Tensor) -> bool:
     low, high = _SAFE
-    if all(low < norm < high for norm in fp32[2].diagonal(dim1=1, dim2=2).sum(1).tolist()):  # no NaN is
-        return fp32
-    return _grams(x, restored, torch.float64)
-
-
-def _grams(x: Tensor, restored: Callable[[slice], Tensor], dtype: torch.dtype) -> Tensor:
-    n, positions, rank = x.shape
-    dtype = torch.promote_types(x.dtype, dtype)
-    step = max(_CHUNK // (n * rank), 64)
-    total = torch.zeros(3, n, rank, rank, dtype=torch.float64)
-    for begin in range(0, positions, step):
-        block = slice(begin, begin + step)
-        copy = restored(block).to(dtype)
-        difference = x[:, block].to(dtype) - copy
-        total += torch.stack([difference.mT @ difference, difference.mT @ copy, copy.mT @ copy])
-    return total
-
-
-def restored_grams(x: Tensor, basis: Tensor, coeff: Tensor, rows: Sequence[int], ranks: Sequence[int]) -> Tensor:
-    """`grams` of a factor and what `reconstruct` makes of `basis` [p+1, S, r] and `coeff` [m, p, S] for tasks `rows`.
-
-    Args:
-        x: [n, S, r]: the originals of those n tasks, zero beyond the true rank of each, as `ranks` [n] gives it.
-    """
-    ids = torch.tensor(rows)
-    beyond = None  # [n, 1, r]
-    if min(ranks) < x.shape[2]:
-        beyond = torch.arange(x.shape[2]) >= torch.tensor(ranks)[:, None, None]
-
-    def restored(block: slice) -> Tensor:
-        copy = reconstruct(basis[:, block], coeff[:, :, block], ids)
-        return copy if beyond is None else copy.masked_fill_(beyond, 0)
-
-    return grams(x, restored)
+    return all(low < norm < high for norm in grams[2].diagonal(dim1=1, dim2=2).sum(1).tolist())  # no NaN is
 
 
 def squares(a: Tensor, b: Tensor, scaling: Sequence[float]) -> list[tuple[float, float]]:

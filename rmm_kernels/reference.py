@@ -138,6 +138,14 @@ def reconstruct(basis: Tensor, coeff: Tensor, task_ids: Tensor) -> Tensor:
     return out
 
 
+def error_grams(x: Tensor, basis: Tensor, coeff: Tensor) -> Tensor:
+    restored = reconstruct(basis, coeff, torch.arange(len(coeff), device=coeff.device))
+    work = torch.promote_types(accumulator(x.dtype), accumulator(basis.dtype))
+    error, restored = (x.to(work) - restored.to(work)).double(), restored.double()
+    same = [half.triu() + half.triu(1).mT for half in (error.mT @ error, restored.mT @ restored)]  # as in gram
+    return torch.stack([same[0], error.mT @ restored, same[1]])
+
+
 def _rows(task_ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """(which rows have a task [T], an id that may be used as an index for every row [T])."""
     check_ids(task_ids, n, -1)

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OP_TESTS = sorted(
     str(path)
-    for op in ("compress", "gram", "library", "lora_*", "project", "reconstruct", "truncated_svd")
+    for op in ("compress", "error_grams", "gram", "library", "lora_*", "project", "reconstruct", "truncated_svd")
     for path in (ROOT / "tests").glob(f"test_{op}.py")
 )
 

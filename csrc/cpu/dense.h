@@ -90,6 +90,29 @@ RMM_INLINE void dots_with(const V* v, const V* columns, int64_t stride, int64_t 
   for (int c = 0; c < N; ++c) out[c * Step] = total[c];
 }
 
+// out[i] = Σ_c columns[c][i] row[c], cols ≥ 1.
+template <int N, int Step, class V>
+RMM_INLINE void product_with(const V* row, const V* columns, int64_t stride, int64_t cols, V* out) {
+  V sum[N];
+  for (int i = 0; i < N; ++i) sum[i] = columns[i * Step] * row[0];
+  for (int64_t c = 1; c < cols; ++c) {
+    const V factor = row[c * Step];
+    for (int i = 0; i < N; ++i) sum[i] += columns[(c * stride + i) * Step] * factor;
+  }
+  for (int i = 0; i < N; ++i) out[i * Step] = sum[i];
+}
+
+// out = columns · row, whole vectors of V.
+template <class V>
+RMM_INLINE void product(const V* row, const V* columns, int64_t stride, int64_t rows, int64_t cols, V* out) {
+  constexpr int step = Parts<V>::step;
+  for (int h = 0; h < step; ++h) {
+    in_fours(rows, [&](int64_t i, auto n) {
+      product_with<n, step>(part(row, h), part(columns + i, h), stride, cols, part(out + i, h));
+    });
+  }
+}
+
 // columns ← (I − tau v vᵀ) columns, `count` of them, `stride` apart: two at a time, which share v and do not wait for each
 // other.
 template <class V>

@@ -1,5 +1,6 @@
 // reconstruct: factors of chosen tasks, one position per lane.
 
+#include "dense.h"
 #include "tile.h"
 
 namespace rmm {
@@ -18,8 +19,9 @@ template <class T>
 void reconstruct_groups(const ReconstructArgs& args, int64_t begin, int64_t end) {
   const View &basis = args.basis, &coeff = args.coeff, &out = args.out;
   const int64_t positions = basis.size[1], r = basis.size[2], p = coeff.size[1];
-  Scratch<Vec<T>> scratch((p + 2) * r + p);
-  Vec<T>*u = scratch.take((p + 1) * r), *sum = scratch.take(r), *c = scratch.take(p);
+  Scratch<Vec<T>> scratch((p + 2) * r + p + 1);
+  Vec<T>*u = scratch.take((p + 1) * r), *sum = scratch.take(r), *c = scratch.take(p + 1);
+  c[0] = splat<T>(1);  // of the mean
   for (int64_t group = begin; group < end; ++group) {
     const int64_t first = group * kLanes<T>;
     const int lanes = positions - first < kLanes<T> ? static_cast<int>(positions - first) : kLanes<T>;
@@ -27,12 +29,8 @@ void reconstruct_groups(const ReconstructArgs& args, int64_t begin, int64_t end)
       load_tile<T>(basis.dtype, basis.at(k, first), basis.stride[1], basis.stride[2], lanes, r, u + k * r);
     }
     for (int64_t a = 0; a < args.tasks.size; ++a) {
-      load_tile<T>(coeff.dtype, coeff.at(args.tasks[a], 0, first), coeff.stride[2], coeff.stride[1], lanes, p, c);
-      for (int64_t j = 0; j < r; ++j) {
-        Vec<T> value = u[j];
-        for (int64_t k = 0; k < p; ++k) value += c[k] * u[(k + 1) * r + j];
-        sum[j] = value;
-      }
+      load_tile<T>(coeff.dtype, coeff.at(args.tasks[a], 0, first), coeff.stride[2], coeff.stride[1], lanes, p, c + 1);
+      product(c, u, r, r, p + 1, sum);
       store_tile<T>(out.dtype, out.at(a, first), out.stride[1], out.stride[2], lanes, r, sum);
     }
   }

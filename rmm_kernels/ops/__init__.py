@@ -1,6 +1,7 @@
 """The public functions, one file per op: docstring, semantic checks, fake, gradient where it has one."""
 
 from .compress import compress
+from .error_grams import error_grams
 from .gram import gram
 from .lora_expand import lora_expand_
 from .lora_forward import lora_forward, lora_forward_
@@ -11,6 +12,7 @@ from .truncated_svd import truncated_svd
 
 __all__ = [
     "compress",
+    "error_grams",
     "gram",
     "lora_expand_",
     "lora_forward",
