@@ -39,6 +39,8 @@ _REFUSED = {
     "arrow_config": "Arrow routes between adapters",
 }
 
+_REQUEST = 1 << 17  # bytes: of a larger request Linux may read no more than this ahead
+
 PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?")
@@ -197,6 +199,14 @@ class Adapter:
     def read_factor(self, file: io.FileIO, module: str, side: str, target: memoryview) -> None:
         """Read the bytes of lora_A or lora_B into `target`, which is as long as they are."""
         self._weights.read(file, self._find(module)["AB".index(side)], target)
+
+    def expect(self, file: io.FileIO, module: str) -> None:
+        """Have the system read the module's factors into its page cache, where it can, without waiting for it."""
+        if hasattr(os, "posix_fadvise"):
+            for entry in self._find(module):
+                for begin in range(entry.begin, entry.end, _REQUEST):
+                    size = min(_REQUEST, entry.end - begin)
+                    os.posix_fadvise(file.fileno(), begin, size, os.POSIX_FADV_WILLNEED)
 
     def __contains__(self, module: object) -> bool:
         return module in self._entries
@@ -388,15 +398,27 @@ class FactorStack:
                 stack[index].narrow(axis, true, rank - true).zero_()
         return stack
 
+    def expect(self, adapters: Sequence[Adapter], module: str) -> None:
+        """Both factors of the module are going to be asked for: let the disk work while the processor does."""
+        for adapter in adapters:
+            file = self._file(adapter)
+            if file is not None:
+                adapter.expect(file, module)
+
     def _read(self, adapter: Adapter, module: str, side: str, target: memoryview) -> None:
-        file = self._files.get(adapter)
-        if file is None and len(self._files) < self._KEPT_OPEN:
-            file = self._files[adapter] = adapter.open()
+        file = self._file(adapter)
         if file is not None:
             adapter.read_factor(file, module, side, target)
             return
         with adapter.open() as passing:
             adapter.read_factor(passing, module, side, target)
+
+    def _file(self, adapter: Adapter) -> io.FileIO | None:
+        """The adapter's file; None if too many are open."""
+        file = self._files.get(adapter)
+        if file is None and len(self._files) < self._KEPT_OPEN:
+            file = self._files[adapter] = adapter.open()
+        return file
 
     def _reserve(self, size: int) -> Tensor:
         if self._memory.numel() < size:

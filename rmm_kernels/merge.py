@@ -274,7 +274,7 @@ def merge(
         modules = _track(list(merged.modules), "comparing", progress)
         return replace(merged, comparison=alternatives(opened, merged.merged_bytes, modules))
 
-    modules = _merged_modules(opened, _track(plans, "merging", progress), stored)
+    modules = _merged_modules(opened, plans, stored, progress)
     if output is None:
         return compared(replace(empty, modules=dict(modules)))
     with new_directory(output) as staging:
@@ -288,10 +288,12 @@ def merge(
 
 
 def _merged_modules(
-    adapters: Sequence[Adapter], plans: Iterable[_Plan], dtype: torch.dtype
+    adapters: Sequence[Adapter], plans: Sequence[_Plan], dtype: torch.dtype, progress: bool
 ) -> Iterator[tuple[str, MergedModule]]:
     with FactorStack() as stack:
-        for plan in plans:
+        for plan, following in zip(_track(plans, "merging", progress), [*plans[1:], None], strict=True):
+            if following is not None:
+                stack.expect([adapters[index] for index in following.tasks], following.module)
             yield plan.module, _merge_module(plan, [adapters[index] for index in plan.tasks], dtype, stack)
 
 

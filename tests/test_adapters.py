@@ -298,6 +298,27 @@ def test_file_that_shrinks(make_adapter: MakeAdapter) -> None:
 # ---------------------------------------------------------------- names
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="there is no way to ask here")
+def test_what_is_expected_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each adapter whose file is open, all bytes of both factors and none else, in requests that the system takes whole."""
+    asked: dict[int, list[range]] = {}
+
+    def advise(descriptor: int, begin: int, size: int, advice: int) -> None:
+        assert 0 < size <= 1 << 17 and advice == os.POSIX_FADV_WILLNEED
+        asked.setdefault(descriptor, []).append(range(begin, begin + size))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(FactorStack, "_KEPT_OPEN", 2)
+    adapters = [load_adapter(write_adapter(tmp_path / name, shapes={"q": (4000, 40), "k": (4, 4)}, rank=16)) for name in "abc"]
+    with FactorStack() as stack:
+        stack.expect(adapters, "q")
+        assert len(asked) == 2
+    for adapter, ranges in zip(adapters, asked.values(), strict=False):
+        data = adapter.path.joinpath("adapter_model.safetensors").read_bytes()
+        found = b"".join(data[part.start : part.stop] for part in ranges)
+        assert found == b"".join(adapter.factor("q", side).numpy().tobytes() for side in "AB")
+
+
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = write_adapter(tmp_path / "news" / "lora")
     two = write_adapter(tmp_path / "tweets" / "lora")
