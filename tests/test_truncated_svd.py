@@ -237,6 +237,13 @@ def test_triton_hard_inputs(run: ops.Overload, case: str) -> None:
     failures.report()
 
 
+@ops.each_triton_way("truncated_svd")
+def test_triton_every_singular_value_of_many_columns(run: ops.Overload) -> None:
+    """Where columns share an offset, the small singular vectors must keep direction and norm."""
+    x = hard_inputs.generate("offset_1e5", 1, 60, 52, 52).float()
+    check(x, 52, run(x, 52))
+
+
 @ops.each_triton_way("truncated_svd", dtypes=LOW)
 def test_triton_on_cpu(run: ops.Overload, dtype: torch.dtype) -> None:
     """Low precision, any memory, bad matrices, place in the batch, empty shapes."""
