@@ -147,7 +147,7 @@ LEFT_TO_TORCH = {
         "cuda": "fewer than 16 matrices, min(m, k) > 128 (256 in the overload), or 16 columns beyond a block's shared memory",
         "triton": "fewer than 16 matrices, min(m, k) > 64, or m · k > 16384 with both rounded up to powers of two",
     },
-    "error_grams": {"cpu": "float64 factors of another dtype's basis, or another's of a float64 one"},
+    "error_grams": {"cpu": "x or basis float64 and the other not"},
     "compress": {
         "cuda": "min(r, n − 1) > 256, or 16 tasks' vectors beyond a block's shared memory",
         "triton": "min(r, n − 1) > 64, or a tile of more than 16384 values",

@@ -21,8 +21,8 @@ def error_grams(x: Tensor, basis: Tensor, coeff: Tensor) -> Tensor:
         coeff: [n, p, S], basis's dtype: of the same n tasks.
 
     Returns:
-        [3, n, r, r], fp64. Products and short sums are of fp32 where x and basis are not fp64: squares of norms below 1e-30 or
-        above 1e38 are then lost.
+        [3, n, r, r], fp64. Where x and basis are not fp64, products and short sums are of fp32, so that squares of weights
+        beyond its range, 1e-38 to 3e38, are lost.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit together.
