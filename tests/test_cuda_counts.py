@@ -57,6 +57,37 @@ def test_transposed_copies(dtype: torch.dtype) -> None:
         assert run["shared"]["wavefronts"] <= 1.1 * run["shared"]["ideal_wavefronts"]
 
 
+def _randn(*shape: int, dtype: torch.dtype, inside: bool = False) -> torch.Tensor:
+    """[., S, r] with positions innermost in memory where `inside`."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return x.mT.contiguous().mT if inside else x
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["ranks", "positions"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["gram", "project", "reconstruct"])
+def test_the_other_ops_move_whole_sectors(op: str, dtype: torch.dtype, inside: bool) -> None:
+    """Every tensor coalesced and once (but the basis, which `reconstruct` finds in the L1 cache), no bank conflicts."""
+    simulator.load()
+    n, positions, r, p = 8, 256, 16, 4
+    x = _randn(n, positions, r, dtype=dtype, inside=inside)
+    basis, coeff = _randn(p + 1, positions, r, dtype=dtype, inside=inside), _randn(n, p, positions, dtype=dtype)
+    given = {
+        "gram": (_randn(positions, r, n, dtype=dtype, inside=inside), True),
+        "project": (x, basis),
+        "reconstruct": (basis, coeff, torch.arange(n)),
+    }[op]
+    with simulator.settings(statistics=True, check=False) as launches:
+        result = getattr(torch.ops.rmm_kernels, op).cuda(*given)
+    (run,) = launches
+    rows = [row for row in run["regions"] if row["sectors"] >= 16]
+    assert all(row["ideal_sectors"] >= 0.9 * row["sectors"] for row in rows), rows
+    assert run["shared"]["wavefronts"] <= 1.2 * run["shared"]["ideal_wavefronts"]
+    floor = sum(tensor.nbytes for tensor in (*given, result) if isinstance(tensor, torch.Tensor))
+    if op != "reconstruct":
+        assert cuda_counts.SECTOR * sum(row["sectors"] for row in rows) <= 1.05 * floor
+
+
 @pytest.mark.parametrize("inside", [False, True], ids=["ranks", "positions"])
 def test_predicted_time_of_16_by_8(inside: bool) -> None:
     """A prediction for an H100, not a measurement: at most three times what moving the bytes would take."""

@@ -1,5 +1,5 @@
 // gram: xᵀx of small matrices, several a block. A matrix's rows come through shared memory, a few at a time; each of its
-// threads keeps one row's part of the result in registers.
+// threads keeps a part of one column of the result in registers, so that neighbours write neighbours.
 
 #include "launch.h"
 #include "reference.h"
@@ -15,16 +15,17 @@ struct Gram {
 
 constexpr int kRowsAtATime = 16;
 
-// Up to K columns, Threads of a matrix, K · K / Threads results each; both powers of two. Rows are K + 4 floats apart.
+// Up to K columns, Threads of a matrix, K · K / Threads results each; both powers of two. Rows are K + 4 floats apart, and
+// matrices K more than a multiple of all banks, as several share a warp.
 template <int K, int Threads>
-__global__ void __launch_bounds__(128) gram(const __grid_constant__ Gram args) {
+__global__ void __launch_bounds__(128, 4) gram(const __grid_constant__ Gram args) {
   constexpr int kMatrices = 128 / Threads, kEach = K * K / Threads, kStride = K + 4;
-  __shared__ float shared[kMatrices][kRowsAtATime * kStride];
+  __shared__ __align__(16) float shared[kMatrices][kRowsAtATime * kStride + K % 32];
   const int m = static_cast<int>(args.x.view.size[1]), k = static_cast<int>(args.x.view.size[2]);
   const int thread = static_cast<int>(threadIdx.x) % Threads, which = static_cast<int>(threadIdx.x) / Threads;
   const int64_t matrix = static_cast<int64_t>(blockIdx.x) * kMatrices + which;
   const bool here = matrix < args.x.view.size[0];
-  const int row = thread * kEach / K, begin = thread * kEach % K;
+  const int column = thread % K, begin = thread / K * kEach;
   float* const rows = shared[which];
   float sums[kEach] = {};
   for (int first = 0; first < m; first += kRowsAtATime) {
@@ -38,13 +39,8 @@ __global__ void __launch_bounds__(128) gram(const __grid_constant__ Gram args) {
         Plane plane = args.x;
         plane.view.data += matrix * plane.view.stride[0] * static_cast<int64_t>(sizeof(Element));
         each_loaded<Element>(plane, 1, first, count, thread, Threads,
-                             [&](int, int i, int column, const float (&values)[kVector<Element>], int some) {
-#pragma unroll
-                               for (int e = 0; e < kVector<Element>; ++e) {
-                                 if (e >= some) continue;
-                                 rows[plane.positions_inside ? (i + e) * kStride + column : i * kStride + column + e] =
-                                     values[e];
-                               }
+                             [&](int, int i, int j, const float (&values)[kVector<Element>], int some) {
+                               to_tile(plane, i, values, some, rows + i * kStride + j, kStride);
                              });
       });
     }
@@ -61,16 +57,16 @@ __global__ void __launch_bounds__(128) gram(const __grid_constant__ Gram args) {
       __syncthreads();
     }
     for (int i = 0; i < count; ++i) {
-      const float mine = rows[i * kStride + row];
+      const float mine = rows[i * kStride + column];
 #pragma unroll
       for (int b = 0; b < kEach; ++b) sums[b] = fmaf(mine, rows[i * kStride + begin + b], sums[b]);
     }
   }
-  if (here && row < k) {
-    float* const out = args.out + (matrix * k + row) * k;
+  if (here && column < k) {
+    float* const out = args.out + (matrix * k + begin) * k + column;
 #pragma unroll
     for (int b = 0; b < kEach; ++b) {
-      if (begin + b < k) out[begin + b] = sums[b];
+      if (begin + b < k) out[b * k] = sums[b];
     }
   }
 }

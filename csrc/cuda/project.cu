@@ -24,11 +24,15 @@ __device__ __forceinline__ void bring(const Plane& plane, int64_t row, int rows,
   part.view.size[2] = ranks;
   each_loaded<T>(part, rows, first, positions, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x),
                  [&](int i, int position, int j, const float (&values)[kVector<T>], int count) {
+                   float* const at = to + (i * kPositions + position) * kLine + j;
+                   if (plane.positions_inside) {
 #pragma unroll
-                   for (int e = 0; e < kVector<T>; ++e) {
-                     if (e >= count) continue;
-                     const int at = plane.positions_inside ? (position + e) * kLine + j : position * kLine + j + e;
-                     to[i * kPositions * kLine + at] = values[e];
+                     for (int e = 0; e < kVector<T>; ++e) {
+                       if (e < count) at[e * kLine] = values[e];
+                     }
+                   } else {  // 16 banks between a position and the next, and other banks for the second half of them
+                     const int turn = position / kVector<T> % 2 + (kVector<T> - 1) * (position % 2);
+                     in_turn(values, count, turn, [&](int e, float value) { at[e] = value; });
                    }
                  });
 }

@@ -10,13 +10,14 @@ struct Reconstruct {
   View basis, coeff, out;  // [p+1, S, r], [n, p, S], [a, S, r]
   Ids tasks;               // [a]
   int inner, outer;        // axes of basis and out: the one innermost in memory, and the other
+  bool coeff_aligned;      // neighbours' coefficients lie side by side, 16 bytes at a time
 };
 
 // Threads along x own `Width` neighbours along the inner axis, and go through the tasks from blockIdx.y on. What a thread
 // reads of the basis stays in the first-level cache from task to task. An id out of range, which to refuse would need a host
 // sync, gives NaN.
 template <class T, int Width>
-__global__ void __launch_bounds__(256) reconstruct(const __grid_constant__ Reconstruct args) {
+__global__ void __launch_bounds__(256, 4) reconstruct(const __grid_constant__ Reconstruct args) {
   const int64_t inner_size = args.out.size[args.inner];
   const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * Width;
   if (index >= inner_size * args.out.size[args.outer]) return;
@@ -45,8 +46,18 @@ __global__ void __launch_bounds__(256) reconstruct(const __grid_constant__ Recon
       } else if (known) {
         const T* const coeff = reinterpret_cast<const T*>(args.coeff.data) + task * args.coeff.stride[0] +
                                (k - 1) * args.coeff.stride[1] + position * args.coeff.stride[2];
+        float weights[Width];
+        bool whole = false;
+        if constexpr (Width > 1) {
+          whole = args.coeff_aligned;
+          if (whole) load_vector(coeff, weights);
+        }
+        if (!whole) {
 #pragma unroll
-        for (int i = 0; i < Width; ++i) sum[i] += Storage<T>::widen(coeff[i * step]) * values[i];
+          for (int i = 0; i < Width; ++i) weights[i] = Storage<T>::widen(coeff[i * step]);
+        }
+#pragma unroll
+        for (int i = 0; i < Width; ++i) sum[i] += weights[i] * values[i];
       }
     }
     if constexpr (Width > 1) {
@@ -58,12 +69,14 @@ __global__ void __launch_bounds__(256) reconstruct(const __grid_constant__ Recon
 }
 
 template <class T>
-void launch_reconstruct(const Queue& queue, const Reconstruct& args) {
-  const View &basis = args.basis, &out = args.out;
+void launch_reconstruct(const Queue& queue, Reconstruct args) {
+  const View &basis = args.basis, &out = args.out, &coeff = args.coeff;
   const int64_t total = out.size[1] * out.size[2], width = kVector<T>;
   const bool aligned = out.size[args.inner] % width == 0 && basis.stride[args.inner] == 1 &&
                        basis.stride[args.outer] % width == 0 && basis.stride[0] % width == 0 &&
                        reinterpret_cast<uintptr_t>(basis.data) % 16 == 0;
+  args.coeff_aligned = args.inner == 1 && coeff.stride[2] == 1 && coeff.stride[1] % width == 0 &&
+                       coeff.stride[0] % width == 0 && reinterpret_cast<uintptr_t>(coeff.data) % 16 == 0;
   const unsigned tasks = args.tasks.size < 64 ? static_cast<unsigned>((args.tasks.size + 7) / 8) : 8;
   if (aligned) {
     queue.launch({{blocks(total, 256 * width), tasks}, 256}, reconstruct<T, kVector<T>>, args);
@@ -82,7 +95,7 @@ Tensor reconstruct_op(Tensor basis, Tensor coeff, Tensor task_ids) {
   const Queue queue{basis, coeff, task_ids, out};
   const View to = view(out, 3, "out");
   const bool positions_inside = basis.stride(1) < basis.stride(2);
-  const Reconstruct args{on, of, to, tasks, positions_inside ? 1 : 2, positions_inside ? 2 : 1};
+  const Reconstruct args{on, of, to, tasks, positions_inside ? 1 : 2, positions_inside ? 2 : 1, false};
   switch (on.dtype) {
     case Dtype::f16:
       launch_reconstruct<__half>(queue, args);
