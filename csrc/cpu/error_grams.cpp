@@ -186,7 +186,6 @@ constexpr int64_t kShortest = 1024, kLongest = 4096;  // positions of a span
 constexpr int64_t kRanks = 4096;  // r² of the tasks taken together: their sums stay in a core's second-level cache
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
 
 template <class T>
 void add(const T* sums, std::vector<double>& total) {
@@ -222,9 +221,9 @@ Tensor error_grams_op(Tensor x, Tensor basis, Tensor coeff) {
              "x [n, S, r], basis [p+1, S, r] and coeff [n, p, S], all of them float64 or none");
   Tensor out = torch::stable::new_zeros(x, {3, n, r, r}, ScalarType::Double);
   if (n == 0 || positions == 0 || r == 0) return out;
-  const int64_t together = clamp(kRanks / (r * r), 1, n);
-  const int64_t span = clamp(ceil_div(positions, ceil_div(kUnits * together, n)), kShortest, kLongest) / 64 * 64;
-  const int64_t spans = ceil_div(positions, span), tasks = clamp(n * spans / kUnits, 1, together);
+  const int64_t together = std::clamp<int64_t>(kRanks / (r * r), 1, n);
+  const int64_t span = std::clamp(ceil_div(positions, ceil_div(kUnits * together, n)), kShortest, kLongest) / 64 * 64;
+  const int64_t spans = ceil_div(positions, span), tasks = std::clamp<int64_t>(n * spans / kUnits, 1, together);
   const int64_t each = RMM_ISA::tile_sums(r);
   Tensor sums = torch::stable::new_empty(x, {spans, n, each}, accumulator(x));
   const ErrorGramsArgs args{in, on, of, sums.data_ptr(), span, tasks};

@@ -67,6 +67,15 @@ def accumulated(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
+def components(basis_name: str, basis: Tensor, coeff_name: str, coeff: Tensor) -> None:
+    """`basis` [p+1, ., .] has a mean and the components that `coeff` [n, p, .] is for."""
+    if basis.shape[0] != coeff.shape[1] + 1:
+        raise ValueError(
+            f"{basis_name} holds {basis.shape[0]} components with the mean, {coeff_name} {coeff.shape[1]} coefficients; "
+            f"{basis_name} must hold one more"
+        )
+
+
 def shared_basis(side: str, basis: Tensor, coeff: Tensor) -> None:
     """basis_<side> [p+1, ., .] and coeff_<side> [n, p, .] belong together."""
     basis_name, coeff_name = f"basis_{side}", f"coeff_{side}"
@@ -74,11 +83,7 @@ def shared_basis(side: str, basis: Tensor, coeff: Tensor) -> None:
     tensor(basis_name, basis, shape)
     tensor(coeff_name, coeff, "n p in" if side == "a" else "n p out")
     same(coeff_name, coeff, basis_name, basis)
-    if basis.shape[0] != coeff.shape[1] + 1:
-        raise ValueError(
-            f"{basis_name} holds {basis.shape[0]} components with the mean, {coeff_name} {coeff.shape[1]} coefficients; "
-            f"{basis_name} must hold one more"
-        )
+    components(basis_name, basis, coeff_name, coeff)
     size(coeff_name, coeff, 2, basis.shape[width], basis_name)
 
 

@@ -32,11 +32,7 @@ def error_grams(x: Tensor, basis: Tensor, coeff: Tensor) -> Tensor:
     _checks.tensor("coeff", coeff, "n p S")
     _checks.same("basis", basis, "x", x, dtype=False)
     _checks.same("coeff", coeff, "basis", basis)
-    if basis.shape[0] != coeff.shape[1] + 1:
-        raise ValueError(
-            f"basis holds {basis.shape[0]} components with the mean, coeff {coeff.shape[1]} coefficients; "
-            "basis must hold one more"
-        )
+    _checks.components("basis", basis, "coeff", coeff)
     for axis in (1, 2):
         _checks.size("basis", basis, axis, x.shape[axis], "x")
     _checks.size("coeff", coeff, 0, x.shape[0], "x")

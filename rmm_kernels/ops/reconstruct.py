@@ -28,11 +28,7 @@ def reconstruct(basis: Tensor, coeff: Tensor, task_ids: Tensor) -> Tensor:
     _checks.tensor("basis", basis, "p+1 S r")
     _checks.tensor("coeff", coeff, "n p S")
     _checks.same("coeff", coeff, "basis", basis)
-    if basis.shape[0] != coeff.shape[1] + 1:
-        raise ValueError(
-            f"basis holds {basis.shape[0]} components with the mean, coeff {coeff.shape[1]} coefficients; "
-            "basis must hold one more"
-        )
+    _checks.components("basis", basis, "coeff", coeff)
     _checks.size("coeff", coeff, 2, basis.shape[1], "basis")
     _checks.tensor("task_ids", task_ids, "a", _checks.IDS)
     _checks.same("task_ids", task_ids, "basis", basis, dtype=False)
