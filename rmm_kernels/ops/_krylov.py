@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from . import _triplets
-from ._triplets import Triplets, cholesky, inverse, orthonormalise, ritz, ritz_values, triplets
+from ._triplets import Triplets, cholesky, inverse, ritz, ritz_values, times, triplets
 
 _EXTRA = 8  # columns of a block beyond the rank
-_NARROWEST = 32  # a product with a narrower block takes hardly less time
-_ROOM = 7  # blocks that must fit for them to be wider than they need be
 _LEAST = 3  # powers q of AAᵀ that must fit
-_LOOKS = (0, 1, 2, 3, 4, 5, 6, 8, 11, 16)  # powers at which it may end
+_LOOKS = (0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 16, 23, 32)  # powers at which it may end
+_PASSES = 3
 _SEED = 0
 
 
@@ -28,33 +27,33 @@ def block_krylov(a: Tensor, size: Tensor, rank: int, residuals: bool) -> Iterato
 
     Yields at every check (which of the matrices that are left have passed, their triplets); those that never do are left.
     """
-    batch, m, d = a.shape
+    batch, m = a.shape[:2]
     width = math.ceil((rank + _EXTRA) / _EXTRA) * _EXTRA
-    if width < _NARROWEST <= m // _ROOM:
-        width = _NARROWEST
     last = min(_LOOKS[-1], m // width - 1)
     if last < _LEAST:
         return
-    start = torch.randn(width, d, generator=torch.Generator().manual_seed(_SEED)).to(a.device)
-    q, _ = orthonormalise(start @ a.mT)
-    most = width * (last + 1)
-    space, image = a.new_empty(batch, most, m), a.new_empty(batch, most, d)  # Qᵀ, QᵀA
+    start = torch.randn(width, m, generator=torch.Generator().manual_seed(_SEED)).to(a.device)
+    q = _orthonormal(_orthonormal(start.expand(batch, width, m)))
+    space: list[Tensor] = []  # Q's blocks [b, width, m]
+    image: list[Tensor] = []  # QA's [b, width, d]
     exact = torch.float64 if residuals else a.dtype  # single triplets of small σ need more digits
-    gram = a.new_empty(batch, most, most, dtype=exact)  # QᵀAAᵀQ
+    gram = a.new_empty(batch, 0, 0, dtype=exact)  # QAAᵀQᵀ
     captured: list[Tensor] = []  # by the leading vectors, of ‖A‖² [b], at the last looks
     before = torch.full_like(size, math.inf)
     for power in range(last + 1):
-        known, wide = width * power, width * (power + 1)
-        space[:, known:wide] = q
-        torch.bmm(q, a, out=image[:, known:wide])
-        products = image[:, known:wide].to(exact) @ image[:, :wide].to(exact).mT
-        gram[:, known:wide, :wide], gram[:, :wide, known:wide] = products, products.mT
+        space.append(q)
+        image.append(times(q, a))
+        # AAᵀ takes a block no further than the next one: with those before the last two, its image's products are rounding.
+        near = torch.cat(image if residuals else image[-2:], 1)
+        products = image[-1].to(exact) @ near.to(exact).mT
+        gram = torch.nn.functional.pad(gram, (0, width, 0, width))
+        gram[:, -width:, -near.shape[1] :], gram[:, -near.shape[1] :, -width:] = products, products.mT
         if power in _LOOKS or power == last:
-            captured = [*captured[-2:], ritz_values(gram[:, :wide, :wide], size)[:, :rank].sum(1)]
+            captured = [*captured[-2:], ritz_values(gram, size)[:, :rank].sum(1)]
             if power == last or bool(_settled(captured, size).any()):
-                energies, vectors = ritz(gram[:, :wide, :wide], 2 * width, size)  # what leads beyond a block is there, too
+                energies, vectors = ritz(gram, 2 * width, size)  # what leads beyond a block is there, too
                 turn = _orthonormal(vectors[:, :rank].double()).to(a.dtype)  # eigh in fp32 leaves them off by 1e-5
-                found = triplets(turn @ space[:, :wide], turn @ image[:, :wide])
+                found = triplets(turn @ torch.cat(space, 1), turn @ torch.cat(image, 1))
                 good, lost = _triplets.passed(a, found, size, energies[:, -1], residuals)
                 yield good, found[good]
                 left = ~good
@@ -62,12 +61,12 @@ def block_krylov(a: Tensor, size: Tensor, rank: int, residuals: bool) -> Iterato
                     return
                 before = lost
                 if not bool(left.all()):
-                    a, size, gram, space, image, before = (part[left] for part in (a, size, gram, space, image, before))
-                    captured = [part[left] for part in captured]
+                    a, size, gram, before = (part[left] for part in (a, size, gram, before))
+                    space, image, captured = ([part[left] for part in parts] for parts in (space, image, captured))
         if power < last:
-            basis = space[:, :wide]
-            w = image[:, known:wide] @ a.mT
-            q = _next_block(w.sub_(gram[:, known:wide, :wide].to(a.dtype) @ basis), basis)
+            basis = torch.cat(space, 1)
+            known = gram[:, -width:, -2 * width :].to(a.dtype) @ basis[:, -2 * width :]
+            q = _next_block(times(image[-1], a.mT).sub_(known), basis)
 
 
 def _settled(captured: list[Tensor], size: Tensor) -> Tensor:
@@ -83,10 +82,17 @@ def _settled(captured: list[Tensor], size: Tensor) -> Tensor:
 def _next_block(w: Tensor, basis: Tensor) -> Tensor:
     """Rows w [b, k, m], from which their parts along the rows of `basis` were taken, made orthonormal, also to `basis`.
 
-    CholeskyQR, then Gram–Schmidt and CholeskyQR again: the first pass is off by rounding times the condition of w.
+    CholeskyQR, then Gram–Schmidt and CholeskyQR until they take little: a pass is off by rounding times the condition of w, in
+    which what AAᵀ leaves of an exhausted block is rounding to begin with.
     """
     w = _orthonormal(w, shift=True)
-    return _orthonormal(w - (w @ basis.mT) @ basis)
+    for _ in range(_PASSES):
+        w = w - (w @ basis.mT) @ basis
+        lower = cholesky(w.double(), shift=False)
+        w = inverse(lower).to(w.dtype) @ w
+        if bool((lower.diagonal(dim1=1, dim2=2) > 0.5).all()):
+            break
+    return w
 
 
 def _orthonormal(w: Tensor, shift: bool = False) -> Tensor:

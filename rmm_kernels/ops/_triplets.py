@@ -57,7 +57,7 @@ def passed(a: Tensor, found: Triplets, size: Tensor, beyond: Tensor, residuals: 
 
 def residual(a: Tensor, found: Triplets) -> Tensor:
     """‖A v − σ u‖ [b, rank], fp64. ‖Aᵀu − σ v‖ is rounding: that is how v was made."""
-    difference = found.v.to(a.dtype) @ a.mT - found.u.to(a.dtype) * found.s[..., None].to(a.dtype)
+    difference = times(found.v.to(a.dtype), a.mT) - found.u.to(a.dtype) * found.s[..., None].to(a.dtype)
     return torch.linalg.vector_norm(difference, dim=2).double()
 
 
@@ -101,10 +101,17 @@ def orthonormalise(w: Tensor) -> tuple[Tensor, Tensor]:
     """
     work = w.double()
     first = cholesky(work, shift=True)
-    work = torch.linalg.solve_triangular(first, work, upper=False)
+    work = inverse(first) @ work  # a product takes less time than the solve
     second = cholesky(work, shift=False)
-    work = torch.linalg.solve_triangular(second, work, upper=False)
-    return work.to(w.dtype), first @ second
+    return (inverse(second) @ work).to(w.dtype), first @ second
+
+
+def times(rows: Tensor, a: Tensor) -> Tensor:
+    """rows [b, k, m] times a [b, m, d], k much less than m and d.
+
+    Several threads share a product by the rows of its first factor, of which there had better be many.
+    """
+    return rows @ a if torch.get_num_threads() == 1 else (a.mT @ rows.mT).mT
 
 
 def cholesky(w: Tensor, shift: bool) -> Tensor:
@@ -143,5 +150,5 @@ def ritz(gram: Tensor, rank: int, size: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _usable(gram: Tensor, size: Tensor) -> Tensor:
-    within = gram.diagonal(dim1=1, dim2=2).sum(1) <= 2 * size
-    return (gram.isfinite().all(2).all(1) & within)[:, None, None]
+    """[b, 1, 1]. What is not finite is so on the diagonal, too: it comes of rows that are not."""
+    return (gram.diagonal(dim1=1, dim2=2).sum(1) <= 2 * size)[:, None, None]
