@@ -113,6 +113,14 @@ def test_many_vectors_need_no_other_method(rank: int, methods: list[str]) -> Non
         assert norm(basis.mT @ basis - torch.eye(rank)).max() <= 2e-6
 
 
+def test_an_exhausted_space_stays_orthogonal(methods: list[str]) -> None:
+    """Of clusters a block holds more than one step keeps apart: the rest of the next is rounding."""
+    x = with_spectrum(clustered(700), 700, 800)
+    found = strict(x, 100)
+    assert methods == ["block_krylov"]
+    check(x, 100, found)
+
+
 def test_a_basis_that_degenerates_is_no_error() -> None:
     """A matrix of rank 1, beside whose image in fp32 a block holds nothing but rounding; its neighbour is served."""
     x = torch.cat([torch.ones(1, 700, 660), randn(1, 700, 660, seed=7)])
