@@ -415,6 +415,7 @@ void compress(const CompressArgs& args, int64_t begin, int64_t end) {
 #include <tuple>
 
 #include "../common/tensor.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace rmm {
@@ -426,7 +427,8 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(Tensor x, int64_t components) {
   Tensor basis = like_layout(x, components + 1);
   Tensor coeff = torch::stable::new_empty(x, {n, components, positions});
   Tensor energy = torch::stable::new_empty(x, {positions, r < n - 1 ? r : n - 1}, accumulator(x));
-  const CompressArgs args{in, view(basis, 3, "basis"), view(coeff, 3, "coeff"), view(energy, 2, "energy")};
+  const CompressArgs args{in, in_huge_pages(view(basis, 3, "basis")), in_huge_pages(view(coeff, 3, "coeff")),
+                          in_huge_pages(view(energy, 2, "energy"))};
   const auto kernel = RMM_KERNEL(compress);
   const int64_t products = 4 * n * r * (r < n ? r : n);
   parallel_groups(positions, in.dtype, products, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

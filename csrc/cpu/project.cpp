@@ -44,6 +44,7 @@ void project(const ProjectArgs& args, int64_t begin, int64_t end) {
 
 #ifdef RMM_OPS
 #include "../common/tensor.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace rmm {
@@ -53,7 +54,7 @@ Tensor project_op(Tensor x, Tensor basis) {
   check_same(on.size[0] >= 1 && on.size[1] == in.size[1] && on.size[2] == in.size[2] && on.dtype == in.dtype,
              "x [n, S, r] and basis [p+1, S, r]");
   Tensor coeff = torch::stable::new_empty(x, {in.size[0], on.size[0] - 1, in.size[1]});
-  const ProjectArgs args{in, on, view(coeff, 3, "coeff")};
+  const ProjectArgs args{in, on, in_huge_pages(view(coeff, 3, "coeff"))};
   const auto kernel = RMM_KERNEL(project);
   const int64_t products = in.size[0] * on.size[0] * on.size[2];
   parallel_groups(in.size[1], in.dtype, products, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

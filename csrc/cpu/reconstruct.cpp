@@ -45,6 +45,7 @@ void reconstruct(const ReconstructArgs& args, int64_t begin, int64_t end) {
 
 #ifdef RMM_OPS
 #include "../common/tensor.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace rmm {
@@ -56,7 +57,7 @@ Tensor reconstruct_op(Tensor basis, Tensor coeff, Tensor task_ids) {
              "basis [p+1, S, r] and coeff [n, p, S]");
   check_ids(tasks, of.size[0], 0);
   Tensor out = like_layout(basis, tasks.size);
-  const ReconstructArgs args{on, of, view(out, 3, "out"), tasks};
+  const ReconstructArgs args{on, of, in_huge_pages(view(out, 3, "out")), tasks};
   const auto kernel = RMM_KERNEL(reconstruct);
   const int64_t products = tasks.size * on.size[0] * on.size[2];
   parallel_groups(on.size[1], on.dtype, products, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
