@@ -27,13 +27,13 @@ def block_krylov(a: Tensor, size: Tensor, rank: int, residuals: bool) -> Iterato
 
     Yields at every check (which of the matrices that are left have passed, their triplets); those that never do are left.
     """
-    batch, m = a.shape[:2]
+    batch, m, d = a.shape
     width = math.ceil((rank + _EXTRA) / _EXTRA) * _EXTRA
     last = min(_LOOKS[-1], m // width - 1)
     if last < _LEAST:
         return
-    start = torch.randn(width, m, generator=torch.Generator().manual_seed(_SEED)).to(a.device)
-    q = _orthonormal(_orthonormal(start.expand(batch, width, m)))
+    start = torch.randn(width, d, generator=torch.Generator().manual_seed(_SEED)).to(a.device)
+    q = _orthonormal(_orthonormal(times(start.expand(batch, width, d), a.mT), shift=True))
     space: list[Tensor] = []  # Q's blocks [b, width, m]
     image: list[Tensor] = []  # QA's [b, width, d]
     exact = torch.float64 if residuals else a.dtype  # single triplets of small σ need more digits
