@@ -177,7 +177,7 @@ def _lanes_of_a_matrix(columns: int, r: int, components: int, alone: tuple[int, 
 
 def _room(r: int, wide: bool, fours: bool) -> int:
     """Values that a program's tiles may hold, all positions together, without spills (tests/test_triton_aot.py)."""
-    if wide and (fours or 2 < r <= 8):
+    if wide and 2 < r <= (16 if fours else 8):
         return LARGEST_TILE
     return LARGEST_TILE // 2 if wide and 8 < r <= 16 else LARGEST_TILE // 4
 
