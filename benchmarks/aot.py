@@ -90,21 +90,27 @@ def compiled(what: Launch, arch: str) -> Any:
         setattr(driver, place, before)
 
 
+def _dumped(kernel: Any, what: str) -> str:
+    """What cuobjdump says of a compiled kernel."""
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True, timeout=300).stdout
+
+
 def resources(kernel: Any) -> dict[str, int]:
     """Registers a thread, bytes it spills (on AMD: registers), shared memory, of one compiled kernel."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         found = {key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
         return {"registers": found["vgpr_count"], "spills": found["vgpr_spill_count"], "shared": kernel.metadata.shared}
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True, timeout=300
-        ).stdout
+    text = _dumped(kernel, "--dump-resource-usage")
     found = {key: int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
-    return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"], "shared": kernel.metadata.shared}
+    spills = found["STACK"] + found["LOCAL"]
+    if spills and not re.search(r"\b(?:LDL|STL|CALL)\b", _dumped(kernel, "--dump-sass")):
+        spills = 0  # a frame of 8 bytes that no instruction goes to
+    return {"registers": found["REG"], "spills": spills, "shared": kernel.metadata.shared}
 
 
 ROOT = Path(__file__).resolve().parents[1]

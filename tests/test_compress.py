@@ -437,10 +437,10 @@ def test_triton_low_precision(run: ops.Overload, dtype: torch.dtype, name: str) 
 
 @ops.each_triton_way("compress")
 def test_triton_larger_matrices(run: ops.Overload) -> None:
-    """K = 7 to 33, more components than K, groups of fewer positions, eight lanes a matrix."""
-    shapes = [(64, 34, 6), (128, 8, 3)]
+    """K = 7 to 33, more components than K, groups of fewer positions, eight lanes a matrix, few ranks of very many tasks."""
+    shapes = [(64, 34, 6), (128, 8, 3), (4, 130, 3), (2, 600, 2)]
     if run.way == "interpreter":
-        shapes += [(32, 20, 25), (16, 64, 4), (8, 20, 4)]
+        shapes += [(32, 20, 25), (16, 64, 4), (8, 20, 4), (1, 600, 1)]
     check_shapes_of_case(run, "randn", torch.float32, shapes)
 
 
@@ -490,8 +490,10 @@ def test_triton_batch(run: ops.Overload, shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.skipif(not _library.has_kernel("compress", "triton"), reason="Triton is not here")
 def test_triton_refuses_what_is_too_large() -> None:
-    for n, r in [(66, 65), (200, 64), (300, 64)]:
-        assert not _limits.compress_fits(n, r, 3) or (n, r) == (200, 64)
+    for n, r in [(66, 65), (300, 64), (5000, 1)]:
+        assert not _limits.compress_fits(n, r, 1)
+    for n, r in [(200, 64), (4096, 1), (4096, 4)]:
+        assert _limits.compress_fits(n, r, 1)
     with pytest.raises(RuntimeError, match=r"min\(r, n - 1\) of at most 64"):
         torch.ops.rmm_kernels.compress.triton(torch.ones(66, 3, 65), 3)
 

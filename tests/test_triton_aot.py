@@ -21,6 +21,7 @@ from triton_cases import Case
 from triton_lora_cases import CASES as FORWARD
 
 from benchmarks import aot
+from rmm_kernels.triton_ops import lora
 
 CASES = [*COMPRESSION, *FORWARD]
 
@@ -38,6 +39,7 @@ TENSOR_CORE = {
 WIDE_LOAD = {"gfx942": r"\b(?:global|buffer)_load_dwordx[24]"}
 WIDE_LOAD_PTX = r"\bld\.global\S*\.v(?:4\.b32|2\.b64|8\.b16)|\bcp\.async\.c[ag]\.shared\.global .*, 0x10"
 ASYNCHRONOUS = r"\bcp\.async\.c[ag]\.shared|\bcp\.async\.bulk"
+ATOMIC = r"(?<![.\w])(?:atom|red)\.|_atomic_"
 
 COALESCING = 0.9
 CONFLICTS = 1.2
@@ -56,6 +58,7 @@ def facts(case: Case, target: str) -> list[dict[str, Any]]:
         row["wgmma"] = len(re.findall(r"\bwgmma\.mma_async", code))
         row["wide"] = len(re.findall(WIDE_LOAD.get(target, WIDE_LOAD_PTX), code))
         row["async"] = len(re.findall(ASYNCHRONOUS, code))
+        assert not re.search(ATOMIC, code), row
         row["instructions"] = len(re.findall(r"^\s+(?:@!?%p\d+ )?[a-z][\w.]+[ \t;]", code, re.MULTILINE))
         rows.append(row)
     assert rows, f"{case.name} launches nothing"
@@ -81,6 +84,15 @@ def test_compiled(case: Case, target: str, add_row: AddRow) -> None:
         assert total["wide"], rows
     if case.asynchronous and target != "gfx942":
         assert total["async"], rows
+
+
+def test_every_row_of_the_table_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(lora, "_find", lambda *asked, find=lora._find: (found.append(find(*asked)), found[-1])[1])
+    for case in FORWARD:
+        for target in triton_runs.TARGETS:
+            aot.launches(case.call, target)
+    assert [row for row in lora.TABLE if row not in found] == []
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,6 +113,12 @@ CASES: list[Case] = [
     _compress(8, 64, 4, _F32, "rank", 64),
     _compress(20, 16, 4, _F32, "rank", 64),
     _compress(20, 16, 4, _F32, "position", 64),
+    replace(_compress(20, 16, 4, _BF16, "position", 64), targets=("sm_80", "sm_90", "gfx942")),  # on others 16 bytes spilled
+    *(_compress(64, 16, 4, _F32, innermost, 32) for innermost in ("rank", "position")),
+    _compress(130, 4, 3, _F32, "rank", 32),
+    _compress(130, 4, 3, _BF16, "position", 32),
+    _compress(130, 8, 3, _F32, "rank", 32),
+    _compress(300, 4, 3, _F32, "position", 16),
     _compress(34, 64, 6, _F32, "rank", 8),
     _truncated_svd(16, 8, 4, 64),
     _truncated_svd(32, 64, 32, 4),

@@ -47,12 +47,15 @@ def _case(
 
 CASES = [
     _case(16, 512, 16, 4, 16),
+    _case(32, 512, 16, 4, 32),
+    _case(64, 512, 16, 4, 64),
     _case(64, 512, 64, 8, 64, torch.float16),
     _case(128, 512, 16, 4, 16),
     _case(128, 512, 64, 4, 1),
     _case(128, 128, 16, 4, 16, bucket=2048),
     _case(128, 128, 256, 16, 16, bucket=2048),
     _case(16, 512, 16, 4, 16, torch.float32),
+    _case(64, 512, 16, 0, 64, torch.float32),
     _case(64, 512, 64, 8, 64, torch.float32),
     _case(128, 512, 16, 4, 16, torch.float32),
     _case(128, 512, 64, 4, 1, torch.float32),

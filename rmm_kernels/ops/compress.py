@@ -26,7 +26,7 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
 
     On a GPU, CUDA's kernels take min(r, n − 1) up to 256 and any n, if 16 tasks' vectors fit a block's shared memory (r up to
     2000 or so); Triton's min(r, n − 1) up to 64 and sizes whose product (r or p by r, each rounded up to a power of two) is up
-    to 16384. What is larger goes to torch.linalg.svd.
+    to 16384, where beside 514 tasks or more one rank and two count as four. What is larger goes to torch.linalg.svd.
 
     Args:
         x: [n, S, r], fp32, fp16, bf16 or fp64, any strides; n ≥ 1. Sums are kept in fp32 (fp64 for fp64).

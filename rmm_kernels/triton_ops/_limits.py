@@ -12,11 +12,19 @@ def power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
+def compress_tile(n: int, r: int) -> tuple[int, int]:
+    """Lines and length of the tile that holds what n tasks' vectors of r ranks come down to.
+
+    The compiler spreads one or two very long lines badly over the threads: those get four.
+    """
+    lines, length = power_of_two(min(r, n - 1)), power_of_two(max(r, n - 1))
+    return max(lines, 4) if length > 512 else lines, length
+
+
 def compress_fits(n: int, r: int, components: int) -> bool:
     """Whether the compress kernel takes n tasks' vectors of r ranks."""
-    k, longer = min(r, n - 1), max(r, n - 1)
-    values = max(power_of_two(k) * power_of_two(longer), power_of_two(components) * power_of_two(r))
-    return k <= LARGEST_K and values <= LARGEST_TILE
+    lines, length = compress_tile(n, r)
+    return min(r, n - 1) <= LARGEST_K and max(lines * length, power_of_two(components) * power_of_two(r)) <= LARGEST_TILE
 
 
 def truncated_svd_fits(m: int, k: int) -> bool:

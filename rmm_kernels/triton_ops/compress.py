@@ -47,7 +47,7 @@ from ._jacobi import (
     squared_times,
 )
 from ._launch import launch, most_registers, require, require_floats, vector_width
-from ._limits import LARGEST_K, LARGEST_TILE, compress_fits, power_of_two
+from ._limits import LARGEST_K, LARGEST_TILE, compress_fits, compress_tile, power_of_two
 
 # Numbers of a matrix that a lane's registers hold: reflectors and triangle while it turns, reflectors and directions after; and
 # what is left where loads don't come in fours, each number then having an address and, in shared matrices, a mask.
@@ -100,7 +100,8 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
         basis.stride(2),
         *coeff.stride(),
     )
-    lines, length, chosen = (power_of_two(side) for side in (min(r, n - 1), max(r, n - 1), components))
+    lines, length = compress_tile(n, r)
+    chosen = power_of_two(components)
     constants: dict[str, Any] = {
         "inverse_n": 1.0 / n,
         "spread": 1.0 / (n**0.5 - 1.0) if n > 1 else 0.0,
@@ -134,11 +135,14 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
             maxnreg=most_registers(arch, warps),
         )
         return basis, coeff, energy
-    tile = max(lines * length, chosen * power_of_two(r))
-    group = max(1, min(together, LARGEST_TILE // 4 // tile))
     wide = r < n - 1
     tasks, ranks = (length, lines) if wide else (lines, length)
-    parts = max(1, min(together // group, LARGEST_TILE // 2 // (chosen * tasks * group)))
+    tile = max(lines * length, chosen * ranks)
+    group, parts = max(1, min(together, _room(r, wide, fours) // tile)), 1
+    waiting = chosen * tasks * together  # coefficients of full sectors
+    if group < together and (not wide or (r > 8 and max(tile, waiting) <= LARGEST_TILE // 2)):
+        group = max(1, LARGEST_TILE // 4 // tile)
+        parts = max(1, min(together, LARGEST_TILE * together // 2 // waiting) // group)
     warps = _warps(group * tile, fours, wide)
     launch(
         _compress_tile,
@@ -169,6 +173,13 @@ def _lanes_of_a_matrix(columns: int, r: int, components: int, alone: tuple[int, 
         if reflectors + columns * rows <= turning and reflectors + rows * min(components, columns) <= turned:
             return lanes
     return 0
+
+
+def _room(r: int, wide: bool, fours: bool) -> int:
+    """Values that a program's tiles may hold, all positions together, without spills (tests/test_triton_aot.py)."""
+    if wide and 2 < r <= (16 if fours else 8):
+        return LARGEST_TILE
+    return LARGEST_TILE // 2 if wide and 8 < r <= 16 else LARGEST_TILE // 4
 
 
 def _warps(values: int, fours: bool, wide: bool) -> int:
@@ -380,10 +391,13 @@ def _compress_tile(
     of_p = tl.arange(0, P)[:, None, None]
     nan = float("nan")
 
-    # Coefficients lie by positions: those of all PARTS groups wait to be stored together.
+    # Coefficients lie by positions: those of all PARTS groups wait to be stored together. Of one group none waits.
     every = tl.program_id(0).to(tl.int64) * (PARTS * B) + tl.arange(0, PARTS * B)
-    of_first = tl.zeros([P, 1, PARTS * B], tl.float32)
-    of_others = tl.zeros([P, TASKS, PARTS * B], tl.float32)
+    i = 1 + (m if WIDE else c)[:, None]
+    to_others = i.to(tl.int64) * coeff_task
+    if PARTS > 1:
+        of_first = tl.zeros([P, 1, PARTS * B], tl.float32)
+        of_others = tl.zeros([P, TASKS, PARTS * B], tl.float32)
     for part in range(PARTS):
         s = (tl.program_id(0).to(tl.int64) * PARTS + part) * B + tl.arange(0, B)
         valid = (s < positions)[None, :]
@@ -437,15 +451,20 @@ def _compress_tile(
             energies = tl.where((c[:, None] == k) & live[None, :], found, energies)
             own = tl.where(finite[None, :], own * down2[None, :] * down1[None, :], nan)
             others = tl.where(finite[None, :], others * down2[None, :] * down1[None, :], nan)
-            of_first = tl.where((of_p == k) & here, repeated(own, 1, B, PARTS), of_first)
-            of_others = tl.where((of_p == k) & here, repeated(others, TASKS, B, PARTS), of_others)
+            if PARTS > 1:
+                of_first = tl.where((of_p == k) & here, repeated(own, 1, B, PARTS), of_first)
+                of_others = tl.where((of_p == k) & here, repeated(others, TASKS, B, PARTS), of_others)
+            else:
+                to_coeff = coeff + tl.cast(k, tl.int64) * coeff_component + (s * coeff_position)[None, :]
+                tl.store(to_coeff, own.to(coeff.dtype.element_ty), mask=valid)
+                tl.store(to_coeff + to_others, others.to(coeff.dtype.element_ty), mask=valid & (i < n))
 
         energies = squared_times(falling(energies, c), down1[None, :], down2[None, :])
         energies = tl.where(finite[None, :], energies, nan)
         tl.store(energy + s[None, :] * k_all + c[:, None], energies, mask=valid & (c < k_all)[:, None])
 
-    valid = (every < positions)[None, None, :] & (of_p < components)
-    to_coeff = coeff + of_p.to(tl.int64) * coeff_component + (every * coeff_position)[None, None, :]
-    i = 1 + (m if WIDE else c)[None, :, None]
-    tl.store(to_coeff, of_first.to(coeff.dtype.element_ty), mask=valid)
-    tl.store(to_coeff + i.to(tl.int64) * coeff_task, of_others.to(coeff.dtype.element_ty), mask=valid & (i < n))
+    if PARTS > 1:
+        valid = (every < positions)[None, None, :] & (of_p < components)
+        to_coeff = coeff + of_p.to(tl.int64) * coeff_component + (every * coeff_position)[None, None, :]
+        tl.store(to_coeff, of_first.to(coeff.dtype.element_ty), mask=valid)
+        tl.store(to_coeff + to_others[None, :, :], of_others.to(coeff.dtype.element_ty), mask=valid & (i < n)[None, :, :])

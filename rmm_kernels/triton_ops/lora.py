@@ -174,12 +174,9 @@ def shared_bytes(op: str, config: Config, p: int, itemsize: int) -> int:
     return (flight * (r * d + t * d) + t * r + r * d) * itemsize + 4 * t * d
 
 
-def configure(op: str, arch: str, r: int, p: int, tokens: int, width: int, itemsize: int) -> Config:
-    """Launch parameters from the table, made to fit: tiles no wider than the problem, and within the arch's shared memory.
-
-    Where it is short, a kernel gives up stages, then positions, then the second form, then ranks.
-    """
-    row = next(
+def _find(op: str, arch: str, r: int, p: int, tokens: int, width: int, itemsize: int) -> Row:
+    """The first row of the table that covers the call."""
+    return next(
         row
         for row in _table
         if (row.op, row.itemsize) == (op, itemsize)
@@ -189,6 +186,14 @@ def configure(op: str, arch: str, r: int, p: int, tokens: int, width: int, items
         and tokens <= row.tokens
         and width <= row.width
     )
+
+
+def configure(op: str, arch: str, r: int, p: int, tokens: int, width: int, itemsize: int) -> Config:
+    """Launch parameters from the table, made to fit: tiles no wider than the problem, and within the arch's shared memory.
+
+    Where it is short, a kernel gives up stages, then positions, then the second form, then ranks.
+    """
+    row = _find(op, arch, r, p, tokens, width, itemsize)
     config = replace(
         row.config,
         block_r=min(row.config.block_r, _power_of_two(r)),
