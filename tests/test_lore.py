@@ -280,6 +280,12 @@ def test_adapters_that_do_not_fit(make_adapter: MakeAdapter, tmp_path: Path) -> 
     other = make_adapter("four", config={"base_model_name_or_path": "elsewhere"})
     with pytest.raises(ValueError, match="different base models: base, elsewhere"):
         lore_adapters([one, other])
+    with pytest.raises(ValueError, match=r"'one' and 'half' disagree about the dtype of module 'layers\.0\.q': float32 and"):
+        lore_adapters([one, make_adapter("half", dtype=torch.float16)])
+    with pytest.raises(ValueError, match=r"adapter 'dora' has DoRA \(use_dora\), which LoRE can't merge"):
+        lore_adapters([one, make_adapter("dora", config={"use_dora": True})])
+    with pytest.raises(ValueError, match=r"adapter 'biased' has trained biases \(bias='all'\), which LoRE can't merge"):
+        lore_adapters([one, make_adapter("biased", config={"bias": "all"})])
     nan = make_adapter("five", tensors={"base_model.model.layers.0.q.lora_A.weight": torch.full((4, 20), torch.nan)})
     with pytest.raises(ValueError, match=r"task 'five': module 'layers\.0\.q' holds NaN or Inf"):
         lore_adapters([one, nan])
@@ -304,4 +310,10 @@ def test_command(make_adapter: MakeAdapter, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.startswith("rmm-kernels: error: --names is for adapters")
     assert cli.main(["lore", *files, "-o", str(tmp_path / "bad"), "--mu", "-1"]) == 2
     assert capsys.readouterr().err == "rmm-kernels: error: mu is -1.0; it must be finite and at least 0\n"
+    ties = ["lore", *paths, "--finish", "ties", "--mu", "0.5", "-o"]
+    assert cli.main([*ties, str(tmp_path / "dense"), "--density", "1"]) == 0 and capsys.readouterr().out
+    expected = lore_adapters(paths, Settings(0.5, finish="ties", density=1.0)).factors["layers.0.q"].lora_a
+    assert torch.equal(load_adapter(tmp_path / "dense").factors("layers.0.q").lora_a, expected)
+    assert cli.main([*ties, str(tmp_path / "bad"), "--density", "1.5"]) == 2
+    assert capsys.readouterr().err == "rmm-kernels: error: density is 1.5; it must be above 0 and at most 1\n"
     assert not (tmp_path / "bad").exists()
