@@ -13,6 +13,8 @@ from conftest import MakeAdapter, contents
 from ops import norm, one_thread, randn  # noqa: F401
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rmm_kernels import cli, load_adapter
 from rmm_kernels.checkpoints import Checkpoint, CheckpointError, write_checkpoint
@@ -130,6 +132,30 @@ def test_adapters_as_dense(make_adapter: MakeAdapter, tmp_path: Path, prox: Any,
     assert merged.objective == pytest.approx(total, rel=1e-9)
     merged.save(tmp_path / "out")
     torch.testing.assert_close(stacked([tmp_path / "out"])["layers.0.q"][0], dense(merged.factors)["layers.0.q"])
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that any torch op returns inside."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+def test_dense_deltas_are_not_formed(make_adapter: MakeAdapter) -> None:
+    """Nothing as large as one ΔW, but for TIES."""
+    paths = [make_adapter(name, shapes={"layers.0.q": (700, 500)}) for name in ("one", "two", "three")]
+    with Largest() as average:
+        lore_adapters(paths, Settings(iterations=3))
+    assert average.entries <= 700 * 16  # a lora_b of rank 4, as bytes read
+    with Largest() as entrywise:
+        lore_adapters(paths, Settings(iterations=3, finish="ties"))
+    assert entrywise.entries >= 700 * 500
 
 
 def test_rank_of_the_merged_adapter(make_adapter: MakeAdapter, tmp_path: Path) -> None:
