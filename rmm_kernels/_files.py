@@ -48,7 +48,10 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     path = check_target(target)
     staging = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
-        staging.mkdir()
+        try:
+            staging.mkdir()
+        except OSError as error:
+            raise OSError(error.errno, f"output {target} can't be created: {error.strerror}") from error
         yield staging
         staging.rename(path)
     except BaseException:

@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--iterations", type=int, default=20, metavar="N", help="at most; default 20")
     command.add_argument("--scale", type=float, default=1.0, metavar="λ", help="of the low-rank parts; default 1")
     command.add_argument("--finish", choices=("average", "ties"), default="average", help="how low-rank parts are merged")
+    command.add_argument("--density", type=float, default=0.2, metavar="D", help="share of entries TIES keeps; default 0.2")
     command.add_argument("-r", "--rank", type=int, metavar="R", help="of a merged adapter, at most")
     _add_names(command)
     _add_json(command)
@@ -249,7 +250,7 @@ def _lore(options: argparse.Namespace) -> int:
     from .methods import Settings, lore_adapters, lore_checkpoints
 
     check_target(options.output)
-    settings = Settings(options.mu, options.prox, options.iterations, options.scale, options.finish)
+    settings = Settings(options.mu, options.prox, options.iterations, options.scale, options.finish, options.density)
     if any(is_checkpoint(path) for path in options.models):
         if options.rank is not None:
             raise ValueError("--rank is for adapters; a merged checkpoint is dense")

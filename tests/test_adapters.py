@@ -520,6 +520,9 @@ def test_targets(make_adapter: MakeAdapter, tmp_path: Path) -> None:
         written(adapter, tmp_path / "empty" / "adapter_config.json")
     with pytest.raises(FileNotFoundError, match="can't be created"):
         written(adapter, tmp_path / "no" / "such")
+    long = "x" * 250  # the directory beside it that is written first has a longer name yet
+    with pytest.raises(OSError, match=f"output .*/{long} can't be created: File name too long"):
+        written(adapter, tmp_path / long)
     assert contents(tmp_path) == before
 
 

@@ -13,6 +13,8 @@ from conftest import MakeAdapter, contents
 from ops import norm, one_thread, randn  # noqa: F401
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rmm_kernels import cli, load_adapter
 from rmm_kernels.checkpoints import Checkpoint, CheckpointError, write_checkpoint
@@ -130,6 +132,30 @@ def test_adapters_as_dense(make_adapter: MakeAdapter, tmp_path: Path, prox: Any,
     assert merged.objective == pytest.approx(total, rel=1e-9)
     merged.save(tmp_path / "out")
     torch.testing.assert_close(stacked([tmp_path / "out"])["layers.0.q"][0], dense(merged.factors)["layers.0.q"])
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that any torch op returns inside."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+def test_dense_deltas_are_not_formed(make_adapter: MakeAdapter) -> None:
+    """Nothing as large as one ΔW, but for TIES."""
+    paths = [make_adapter(name, shapes={"layers.0.q": (700, 500)}) for name in ("one", "two", "three")]
+    with Largest() as average:
+        lore_adapters(paths, Settings(iterations=3))
+    assert average.entries <= 700 * 16  # a lora_b of rank 4, as bytes read
+    with Largest() as entrywise:
+        lore_adapters(paths, Settings(iterations=3, finish="ties"))
+    assert entrywise.entries >= 700 * 500
 
 
 def test_rank_of_the_merged_adapter(make_adapter: MakeAdapter, tmp_path: Path) -> None:
@@ -280,6 +306,12 @@ def test_adapters_that_do_not_fit(make_adapter: MakeAdapter, tmp_path: Path) -> 
     other = make_adapter("four", config={"base_model_name_or_path": "elsewhere"})
     with pytest.raises(ValueError, match="different base models: base, elsewhere"):
         lore_adapters([one, other])
+    with pytest.raises(ValueError, match=r"'one' and 'half' disagree about the dtype of module 'layers\.0\.q': float32 and"):
+        lore_adapters([one, make_adapter("half", dtype=torch.float16)])
+    with pytest.raises(ValueError, match=r"adapter 'dora' has DoRA \(use_dora\), which LoRE can't merge"):
+        lore_adapters([one, make_adapter("dora", config={"use_dora": True})])
+    with pytest.raises(ValueError, match=r"adapter 'biased' has trained biases \(bias='all'\), which LoRE can't merge"):
+        lore_adapters([one, make_adapter("biased", config={"bias": "all"})])
     nan = make_adapter("five", tensors={"base_model.model.layers.0.q.lora_A.weight": torch.full((4, 20), torch.nan)})
     with pytest.raises(ValueError, match=r"task 'five': module 'layers\.0\.q' holds NaN or Inf"):
         lore_adapters([one, nan])
@@ -304,4 +336,10 @@ def test_command(make_adapter: MakeAdapter, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.startswith("rmm-kernels: error: --names is for adapters")
     assert cli.main(["lore", *files, "-o", str(tmp_path / "bad"), "--mu", "-1"]) == 2
     assert capsys.readouterr().err == "rmm-kernels: error: mu is -1.0; it must be finite and at least 0\n"
+    ties = ["lore", *paths, "--finish", "ties", "--mu", "0.5", "-o"]
+    assert cli.main([*ties, str(tmp_path / "dense"), "--density", "1"]) == 0 and capsys.readouterr().out
+    expected = lore_adapters(paths, Settings(0.5, finish="ties", density=1.0)).factors["layers.0.q"].lora_a
+    assert torch.equal(load_adapter(tmp_path / "dense").factors("layers.0.q").lora_a, expected)
+    assert cli.main([*ties, str(tmp_path / "bad"), "--density", "1.5"]) == 2
+    assert capsys.readouterr().err == "rmm-kernels: error: density is 1.5; it must be above 0 and at most 1\n"
     assert not (tmp_path / "bad").exists()

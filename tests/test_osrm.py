@@ -183,7 +183,20 @@ def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             {"batches": {"one": batches(0), "two": [{"h": torch.full((9, 12), torch.nan), "g": torch.ones(9, 20)}]}},
             "NaN or Inf",
         ),
-        ({"target_modules": ["key"]}, r"target_modules is \['key'\]; no linear layer of the model matches"),
+        (
+            {"batches": [("one", batches(0)), ("one", batches(1))]},
+            "batches is a list; it must be a mapping of every task to its batches",
+        ),
+        ({"batches": {"one": batches(0), "two": batches(1)[0]}}, "task 'two': a batch is a str; it must map"),
+        (
+            {"target_modules": ["query", "key"]},
+            r"target_modules is \['query', 'key'\]; no linear layer of the model matches 'key'; their paths end in query, v",
+        ),
+        ({"target_modules": "query"}, "target_modules is 'query'; it must be a sequence of names"),
+        ({"target_modules": []}, r"target_modules is \[\]; it must be a sequence of names, one at least"),
+        ({"alpha": 0}, "alpha is 0; it must be a finite number above 0"),
+        ({"alpha": float("nan")}, "alpha is nan; it must be a finite number above 0"),
+        ({"alpha": None}, "alpha is None"),
         ({"rank": 13}, "rank is 13; module 'query' has 12 inputs"),
         ({"rank": 0}, "rank is 0; it must be an integer of at least 1"),
         ({"variant": "median"}, "variant is 'median'; allowed are 'covariance' and 'mean'"),
@@ -208,12 +221,34 @@ def test_a_layer_that_is_hardly_used() -> None:
         run(Branch().eval())
 
 
+def test_a_layer_called_by_keyword() -> None:
+    class Named(Model):
+        def forward(self, h: Tensor, g: Tensor, attention_mask: Tensor | None = None) -> None:
+            self.query(input=h)
+            self.value(input=g)
+
+    torch.manual_seed(0)
+    found, expected = run(Named().eval()), run(Model().eval())
+    for task in TASKS:
+        assert torch.equal(found.lora_a[task]["query"], expected.lora_a[task]["query"])
+
+
+def test_half_precision_models() -> None:
+    """The same subspaces, but for the inputs' rounding; sums in fp64 whatever the model is in."""
+    expected = osrm(Model(), {name: batches(i) for i, name in enumerate(TASKS)}, ["query"], 4)
+    for dtype in (torch.bfloat16, torch.float16):
+        found = osrm(Model().to(dtype), {name: batches(i, dtype) for i, name in enumerate(TASKS)}, ["query"], 4)
+        for task in TASKS:
+            assert found.lora_a[task]["query"].dtype == torch.float32
+            assert found.energy[task]["query"][0] == pytest.approx(expected.energy[task]["query"][0], rel=0.05)
+
+
 def test_saving_where_something_is(model: Model, tmp_path: Path) -> None:
     found = run(model)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     with pytest.raises(FileExistsError):
         found.save("one", tmp_path / "out")
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="there is no task 'four'; the tasks are one, two, three"):
         found.save("four", tmp_path / "out2")
     assert not (tmp_path / "out2").exists()

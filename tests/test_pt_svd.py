@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -107,6 +108,8 @@ def test_byte_budget(pair: tuple[Path, Path], tmp_path: Path) -> None:
     back = load_adapter(tmp_path / "out")
     assert {name: back.rank(name) for name in back.modules} == ranks
     assert all(back.scaling(name) == 1 for name in back.modules)
+    everything = extract(*pair, max_bytes=1 << 40)
+    assert everything.error < 1e-5 and {n: m.rank for n, m in everything.modules.items()}.items() >= {"b.up": 24}.items()
     with pytest.raises(ValueError, match="max_bytes is 100; the smallest adapter, one layer of rank 1, takes 176"):
         extract(*pair, max_bytes=100)
 
@@ -173,6 +176,17 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path, changes: dict[str, Tensor |
         extract(*pair, rank=2)
 
 
+@pytest.mark.parametrize("dtype, value", [(torch.float32, 3e38), (torch.float64, 1e200)])
+@pytest.mark.parametrize("options", [{"rank": 2}, {"energy": 0.9}, {"max_bytes": 4000}], ids=str)
+def test_a_difference_that_overflows(tmp_path: Path, dtype: torch.dtype, value: float, options: dict[str, Any]) -> None:
+    pair = []
+    for name, sign in (("base", 1), ("tuned", -1)):
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in base_tensors().items()}
+        pair.append(write(tmp_path / name, {**tensors, "a.q.weight": torch.full((24, 20), sign * value, dtype=dtype)}))
+    with pytest.raises(CheckpointError, match=r"a\.q\.weight: the difference between .*base and .*tuned overflows float32"):
+        extract(*pair, **options)
+
+
 def test_unreadable_checkpoints(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         extract(tmp_path / "nowhere", pair[1], rank=1)
@@ -198,7 +212,11 @@ def test_unreadable_checkpoints(pair: tuple[Path, Path], tmp_path: Path) -> None
         ({"rank": 21}, r"rank is 21; module 'a.k' is \[24, 20\], so that at most 20 is allowed"),
         ({"energy": 1.5}, "energy is 1.5; it must be above 0 and at most 1"),
         ({"energy": float("nan")}, "energy is nan"),
+        ({"energy": 0.0}, "energy is 0.0"),
+        ({"energy": -0.5}, "energy is -0.5"),
         ({"max_bytes": -1}, "max_bytes is -1"),
+        ({"max_bytes": 0}, "max_bytes is 0; it must be an integer of at least 1"),
+        ({"max_bytes": float("nan")}, "max_bytes is nan; it must be an integer of at least 1"),
         ({"rank": 1, "dtype": torch.int8}, "dtype is torch.int8; allowed are"),
         ({"rank": 1, "include": "("}, "not a regular expression"),
         ({"rank": 1, "include": "zzz"}, "has no linear layer that was asked for"),

@@ -161,17 +161,18 @@ def lore_adapters(
     """Merge LoRA adapters into one. The base weights cancel out.
 
     All iterates lie in the spans of the stacked factors, so that everything runs on cores of at most nr × nr, from thin QRs;
-    dense ΔW is formed by the TIES finish alone, which works on entries, a module at a time. Heads, and what else adapters carry
-    besides factors, belong to the tasks and are left out. A module that some adapters lack counts as zero there.
+    dense ΔW is formed by the TIES finish alone, which works on entries, a module at a time. Heads (`modules_to_save`) belong to
+    the tasks and are left out. A module that some adapters lack counts as zero there.
 
     Args:
         adapters: at least two PEFT directories, or adapters already opened, for one base model.
         rank: the most the merged adapter may have; as many as it needs unless given, up to the sum of the ranks.
 
     Raises:
-        AdapterError: an adapter can't be read, or shapes differ.
-        ValueError: fewer than two adapters; they hold NaN or Inf; base models differ; `rank` is out of range; what is merged
-            overflows the first adapter's dtype.
+        AdapterError: an adapter can't be read.
+        ValueError: fewer than two adapters; they hold NaN or Inf; base models, or a module's shapes or dtypes differ; an
+            adapter does more than its factors do, such as DoRA (`Adapter.beyond_factors`); `rank` is out of range; what is
+            merged overflows its dtype.
     """
     settings = settings or Settings()
     opened = load_adapters(adapters, names)
@@ -182,6 +183,9 @@ def lore_adapters(
     bases = {adapter.base_model for adapter in opened if adapter.base_model is not None}
     if len(bases) > 1:
         raise ValueError(f"the adapters are for different base models: {', '.join(sorted(bases))}")
+    for adapter in opened:
+        if adapter.beyond_factors:
+            raise ValueError(f"adapter {adapter.name!r} has {', '.join(adapter.beyond_factors)}, which LoRE can't merge")
     factors: dict[str, LoraFactors] = {}
     traces = []
     for module in sorted({module for adapter in opened for module in adapter.modules}):
@@ -195,13 +199,17 @@ def _merge_module(
     adapters: Sequence[Adapter], module: str, settings: Settings, rank: int | None
 ) -> tuple[LoraFactors, list[float]]:
     present = [adapter for adapter in adapters if module in adapter]
-    shape = present[0].shape(module)
+    shape, dtype = present[0].shape(module), present[0].dtype(module)
     for adapter in present:
-        if adapter.shape(module) != shape:
-            raise ValueError(
-                f"adapters {present[0].name!r} and {adapter.name!r} disagree about the shape [out, in] of module {module!r}: "
-                f"{list(shape)} and {list(adapter.shape(module))}"
-            )
+        for what, first, other in (
+            ("shape [out, in]", list(shape), list(adapter.shape(module))),
+            ("dtype", dtype_name(dtype), dtype_name(adapter.dtype(module))),
+        ):
+            if first != other:
+                raise ValueError(
+                    f"adapters {present[0].name!r} and {adapter.name!r} disagree about the {what} of module {module!r}: "
+                    f"{first} and {other}"
+                )
         if rank is not None and rank > min(shape):
             raise ValueError(f"rank is {rank}; module {module!r} is {list(shape)}, so that at most {min(shape)} is allowed")
     given = [adapter.factors(module) for adapter in present]
@@ -216,7 +224,6 @@ def _merge_module(
         block = slice(begin, begin := begin + len(f.lora_a))
         cores[row] = r_b[:, block] @ r_a[:, block].mT
     shared, delta, objective = decompose(cores, settings)
-    dtype = given[0].lora_a.dtype
     if settings.finish == "average":
         u, s, vh = torch.linalg.svd(shared + settings.scale * delta.mean(0))
         u, vh = q_b @ u, vh @ q_a.mT

@@ -16,6 +16,7 @@ Ten lines, for a transformers model and one iterable of batches for each task:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,11 +64,11 @@ def covariances(modules: Mapping[str, nn.Linear]) -> Iterator[tuple[dict[str, Co
         zeros = torch.zeros(wide + 1, wide, dtype=torch.float64, device=layer.weight.device)
         found[name] = Covariance(zeros[:wide], zeros[wide])
 
-        def hook(layer: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            h, mask = args[0].detach(), state["mask"]
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], name: str = name) -> None:
+            h, mask = (args[0] if args else named["input"]).detach(), state["mask"]
             found[name].add(h[mask] if mask is not None and mask.shape == h.shape[:-1] else h.reshape(-1, h.shape[-1]))
 
-        handles.append(layer.register_forward_pre_hook(hook))
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield found, state
     finally:
@@ -111,6 +112,8 @@ class Osrm:
             KeyError: there is no such task.
             OSError: the directory exists and is not empty, or can't be written.
         """
+        if task not in self.lora_a:
+            raise KeyError(f"there is no task {task!r}; the tasks are {', '.join(self.tasks)}")
         scaling = self.config["lora_alpha"] / self.config["r"]
         factors = {
             name: LoraFactors(a, torch.zeros(self.out_features[name], len(a)), scaling) for name, a in self.lora_a[task].items()
@@ -147,20 +150,22 @@ def osrm(
         batches: by task, at least two; each batch the model's arguments, with samples along the first dimension of its tensors.
             Where it has `attention_mask` [B, L], positions with 0 do not count, nor do samples that have no other. Every task
             needs `rank` samples at least: fewer say too little of where its inputs lie.
-        target_modules: as in PEFT: a linear layer is adapted if its path is one of them or ends in a dot and one of them.
+        target_modules: as in PEFT: a linear layer is adapted if its path is one of them or ends in a dot and one of them. Each
+            must match one at least.
         rank: of the adapters, at most each layer's in_features. The authors' code uses rank 8, alpha 16, query and value, and
             100 samples a task.
-        alpha: lora_alpha; the scaling is alpha / rank.
+        alpha: lora_alpha, finite and above 0; the scaling is alpha / rank.
         variant: "covariance" as in the paper, or "mean" as in the authors' code: the energy of the other tasks' mean vectors
             alone, whose null space leaves the choice open; the eigenvectors decide it.
         base_model: what the config is to call the base model; model.name_or_path unless given.
 
     Raises:
-        ValueError: fewer than two tasks; no linear layer matches; `rank` is out of range; a task has no sample or fewer than
-            `rank` of them, or a layer was given fewer vectors than that, or NaN or Inf.
+        ValueError: fewer than two tasks; a target matches no linear layer; `rank`, `alpha` or `variant` is out of range; a
+            batch is no mapping; a task has no sample or fewer than `rank` of them, or a layer was given fewer vectors than
+            that, or NaN or Inf.
     """
     modules = _linear_layers(model, target_modules)
-    _check(modules, batches, rank, variant)
+    _check(modules, batches, rank, alpha, variant)
     collected = {task: _collect(model, task, given, modules, rank) for task, given in batches.items()}
     lora_a: dict[str, dict[str, Tensor]] = {}
     energy: dict[str, dict[str, tuple[float, float]]] = {}
@@ -194,23 +199,33 @@ def osrm(
 
 
 def _linear_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    found = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and any(name == target or name.endswith(f".{target}") for target in targets)
-    }
-    if not found:
-        raise ValueError(f"target_modules is {list(targets)}; no linear layer of the model matches")
-    return found
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"target_modules is {targets!r}; it must be a sequence of names, one at least")
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    wanted: set[str] = set()
+    for target in targets:
+        matching = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if not matching:
+            ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise ValueError(
+                f"target_modules is {list(targets)}; no linear layer of the model matches {target!r}; "
+                f"{f'their paths end in {ends}' if ends else 'it has none'}"
+            )
+        wanted.update(matching)
+    return {name: layer for name, layer in linear.items() if name in wanted}
 
 
-def _check(modules: Mapping[str, nn.Linear], batches: Mapping[str, object], rank: int, variant: Variant) -> None:
+def _check(modules: Mapping[str, nn.Linear], batches: Mapping[str, object], rank: int, alpha: float, variant: Variant) -> None:
+    if not isinstance(batches, Mapping):
+        raise ValueError(f"batches is a {type(batches).__name__}; it must be a mapping of every task to its batches")
     if len(batches) < 2:
         raise ValueError(f"batches holds {len(batches)} tasks; at least 2 are needed, since a task starts from the others")
     if variant not in ("covariance", "mean"):
         raise ValueError(f"variant is {variant!r}; allowed are 'covariance' and 'mean'")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank is {rank!r}; it must be an integer of at least 1")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha!r}; it must be a finite number above 0")
     for name, layer in modules.items():
         if rank > layer.in_features:
             raise ValueError(f"rank is {rank}; module {name!r} has {layer.in_features} inputs, so that no more is allowed")
@@ -222,6 +237,8 @@ def _collect(
     samples = 0
     with covariances(modules) as (found, state), torch.no_grad():
         for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise ValueError(f"task {task!r}: a batch is a {type(batch).__name__}; it must map the model's arguments")
             mask = batch.get("attention_mask")
             state["mask"] = None if mask is None else mask.bool()
             samples += _samples(batch, state["mask"])

@@ -125,7 +125,7 @@ def extract(
 
     Raises:
         CheckpointError: a checkpoint can't be read, a shard is missing, a tensor holds NaN or Inf; names, shapes or dtypes
-            differ, or integer tensors do; no layer changed.
+            differ, or integer tensors do; no layer changed, or one's change overflows float32.
         ValueError: an argument is out of range.
     """
     one, two = Checkpoint(base), Checkpoint(finetuned)
@@ -218,7 +218,10 @@ def _batches(one: Checkpoint, two: Checkpoint, modules: list[str]) -> Iterator[t
 
 def _delta(one: Checkpoint, two: Checkpoint, name: str) -> Tensor:
     wide = torch.promote_types(one.dtypes[name], torch.float32)
-    return (two.finite(name).to(wide) - one.finite(name).to(wide)).float()
+    delta = (two.finite(name).to(wide) - one.finite(name).to(wide)).float()
+    if not bool(delta.isfinite().all()):
+        raise CheckpointError(f"{name}: the difference between {one.path} and {two.path} overflows float32")
+    return delta
 
 
 def _decompose(deltas: Tensor, ranks: list[int], dtype: torch.dtype) -> Iterator[ExtractedModule | None]:
