@@ -1,7 +1,7 @@
 """Block Krylov: the leading triplets of matrices of which only a few products with blocks are affordable.
 
-The block Lanczos process of Golub and Underwood: K = [Q, (AAᵀ)Q, …, (AAᵀ)^q Q] from a seeded random block a little wider than
-the rank, orthonormalised step by step, and Rayleigh–Ritz on it (Musco and Musco, arXiv 1504.05477).
+The block Lanczos process of Golub and Underwood: K = [Q, (AAᵀ)Q, …, (AAᵀ)^q Q] from a seeded random block about as wide as the
+rank, orthonormalised step by step, and Rayleigh–Ritz on it (Musco and Musco, arXiv 1504.05477).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 from . import _triplets
 from ._triplets import Triplets, cholesky, inverse, ritz, ritz_values, times, triplets
 
-_EXTRA = 8  # columns of a block beyond the rank
+_ROWS = 8  # a block's come in such groups
+_EXTRA = 1 / 8  # of the rank a block has more rows, about
 _LEAST = 3  # powers q of AAᵀ that must fit
 _LOOKS = (0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 16, 23, 32)  # powers at which it may end
 _PASSES = 3
@@ -25,10 +26,12 @@ _SEED = 0
 def block_krylov(a: Tensor, size: Tensor, rank: int, residuals: bool) -> Iterator[tuple[Tensor, Triplets]]:
     """Of matrices a [B, m, d], m ≤ d, with squares `size` [B] of their norms.
 
+    A block has no fewer rows than are sought: of a multiple σ it finds no more vectors than it has rows.
+
     Yields at every check (which of the matrices that are left have passed, their triplets); those that never do are left.
     """
     batch, m, d = a.shape
-    width = math.ceil((rank + _EXTRA) / _EXTRA) * _EXTRA
+    width = _ROWS * max(math.ceil(rank / _ROWS), round((1 + _EXTRA) * rank / _ROWS))
     last = min(_LOOKS[-1], m // width - 1)
     if last < _LEAST:
         return
