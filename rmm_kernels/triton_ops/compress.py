@@ -138,7 +138,7 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
     wide = r < n - 1
     tasks, ranks = (length, lines) if wide else (lines, length)
     tile = max(lines * length, chosen * ranks)
-    group, parts = max(1, min(together, _room(r, wide, fours) // tile)), 1
+    group, parts = max(1, min(together, _room(r, wide, fours, together, arch) // tile)), 1
     waiting = chosen * tasks * together  # coefficients of full sectors
     if group < together and (not wide or (r > 8 and max(tile, waiting) <= LARGEST_TILE // 2)):
         group = max(1, LARGEST_TILE // 4 // tile)
@@ -175,11 +175,12 @@ def _lanes_of_a_matrix(columns: int, r: int, components: int, alone: tuple[int, 
     return 0
 
 
-def _room(r: int, wide: bool, fours: bool) -> int:
+def _room(r: int, wide: bool, fours: bool, together: int, arch: str) -> int:
     """Values that a program's tiles may hold, all positions together, without spills (tests/test_triton_aot.py)."""
     if wide and 2 < r <= (16 if fours else 8):
         return LARGEST_TILE
-    return LARGEST_TILE // 2 if wide and 8 < r <= 16 else LARGEST_TILE // 4
+    more = wide and 8 < r <= 16 and (together == 8 or not arch.startswith(("sm_10", "sm_12")))
+    return LARGEST_TILE // 2 if more else LARGEST_TILE // 4
 
 
 def _warps(values: int, fours: bool, wide: bool) -> int:
