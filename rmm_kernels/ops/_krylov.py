@@ -19,7 +19,7 @@ _ROWS = 8  # a block's come in such groups
 _EXTRA = 1 / 8  # of the rank a block has more rows, about
 _LEAST = 3  # powers q of AAᵀ that must fit
 _LOOKS = (0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 16, 23, 32)  # powers at which it may end
-_PASSES = 3
+_PASSES = 3  # of Gram–Schmidt, at most
 _SEED = 0
 
 
