@@ -351,6 +351,22 @@ def test_permuted_tasks(run: ops.Overload, dtype: torch.dtype, shape: tuple[int,
     check_contract(x, truth, p, (basis, coeff[order.argsort().to(run.device)], energy))
 
 
+@ops.each("compress", dtypes=(torch.float32, torch.float64), isas=True)
+@pytest.mark.parametrize("shape", [(16, 8, 3), (64, 8, 6), (16, 64, 4)], ids=shape_id)
+def test_ties_at_every_condition(run: ops.Overload, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """σ_p and σ_{p+1} nearly equal, σ_1 1.2 to 60 times the least: a kernel may take another way for the well-conditioned."""
+    r, n, p = reduced(run, shape)
+    k = min(r, n - 1)
+    conditions = torch.logspace(0.1, 1.8, 24, dtype=torch.float64)
+    some = []
+    for seed, condition in enumerate(conditions):
+        sigma = condition ** (-torch.linspace(0, 1, k, dtype=torch.float64))
+        sigma[p] = sigma[p - 1] * (1 - 10 ** (-2 - 0.25 * seed))
+        some.append(hard_inputs.with_spectrum(sigma.sort(descending=True).values, 2, r, n, seed))
+    x = torch.cat(some).to(dtype).permute(2, 0, 1).contiguous()
+    check_contract(x, hard_inputs.exact(x), p, run(x.to(run.device), p))
+
+
 def mixed_batch(count: int, r: int, n: int, p: int, dtype: torch.dtype) -> Tensor:
     """[n, count, r] with matrices of every kind side by side: they converge in different numbers of sweeps."""
     kinds = [kind for kind in hard_inputs.names(dtype) if not kind.startswith("scale")]

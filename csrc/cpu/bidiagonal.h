@@ -1,6 +1,7 @@
 // Squared singular values and leading right singular vectors of a matrix per lane, at least as tall as wide, without iterating
-// on its vectors: Householder bidiagonalisation, the squared singular values by dqds, each vector from a twisted factorisation.
-// Where a lane's vectors do not pass the checks, because singular values all but coincide, Jacobi is to do it (jacobi.h).
+// on its vectors: Householder bidiagonalisation, the squared singular values by dqds, each vector from a twisted factorisation;
+// or, of a well-conditioned tall matrix, the first two from the products of its columns (tridiagonal.h). Where a lane's vectors
+// do not pass the checks, because singular values all but coincide, Jacobi is to do it (jacobi.h).
 //
 // dqds: Fernando and Parlett, Accurate singular values and differential qd algorithms (1994). Twisted factorisations: Dhillon
 // and Parlett, Multiple representations to compute orthogonal eigenvectors of symmetric tridiagonal matrices (2004).
@@ -8,7 +9,7 @@
 // K is k where that is known when compiling, else 0; a lane's numbers do not depend on its neighbours.
 #pragma once
 
-#include "dense.h"
+#include "tridiagonal.h"
 
 namespace rmm {
 namespace RMM_ISA {
@@ -75,7 +76,9 @@ void bidiagonalise(V* a, int64_t rows, int64_t size, V* right, V* tau, V* diagon
   }
 }
 
-constexpr int kBidiagonal = 4;  // columns from which on Jacobi takes longer
+constexpr int kBidiagonal = 4;     // columns from which on Jacobi takes longer
+constexpr int kProducts = 24;      // columns up to which factor_products is tried, of matrices twice as tall
+constexpr int kConditioned = 256;  // σ_0² / σ_{k−1}², up to which it does for the leading directions
 
 // The squared singular values, falling, of a bidiagonal matrix of k ≥ 3 rows from its squared entries: q the diagonal's, none
 // zero, e the others'; the least of them, which stand for zeros, come out as 0. q and e are overwritten and have room for as
@@ -182,10 +185,10 @@ auto squared_singular_values(V* q, V* e, int64_t size, V* values) {
 
 // vectors [count][k]: eigenvectors of Bᵀ B to its largest eigenvalues, values[c], of norm 1; kept[c] is 1, or 0 where σ_c is at
 // most negligible · σ_0, and the vector 0. q and e are B's squared entries, product[i] = B[i, i] B[i, i+1]. Returns the lanes
-// in which all are eigenvectors. `room` is for 3 k.
+// in which all are eigenvectors, but for a rounding of their value or of `error`. `room` is for 3 k.
 template <int K, class V>
-auto bidiagonal_vectors(const V* q, const V* e, const V* product, int64_t size, const V* values, int64_t count, V* vectors,
-                        V* kept, Scalar<V> negligible, V* room) {
+auto bidiagonal_vectors(const V* q, const V* e, const V* product, int64_t size, const V* values, const V& error, int64_t count,
+                        V* vectors, V* kept, Scalar<V> negligible, V* room) {
   using T = Scalar<V>;
   const int64_t k = K ? K : size;
   const T limit = negligible * negligible;
@@ -228,7 +231,7 @@ auto bidiagonal_vectors(const V* q, const V* e, const V* product, int64_t size, 
       z[i] = select(twist < T(i), entry, z[i]);
       square += z[i] * z[i];
     }
-    good &= ~live | (gamma <= T(8) * Bits<T>::epsilon * T(k) * value * square);
+    good &= ~live | (gamma <= T(8) * Bits<T>::epsilon * larger(T(k) * value, error) * square);
     const V inverse = rsqrt(select(live, square, one));
     for (int64_t i = 0; i < k; ++i) z[i] = select(live, z[i] * inverse, zero);
   }
@@ -270,6 +273,7 @@ struct Bidiagonal {
         products(e + k),
         work(work) {}
 
+  // By reflections of columns and rows.
   template <int K>
   void factor() {
     using T = Scalar<V>;
@@ -286,6 +290,49 @@ struct Bidiagonal {
       e[i] = upper[i] * upper[i];
       products[i] = safe * upper[i];
     }
+    error = V{};
+  }
+
+  // The same from G = AᵀA, made tridiagonal and factored. That is much less work, but it errs by roundings of σ_0²: directions
+  // of σ_i and σ_j mix by about ε σ_0² / (σ_i² − σ_j²). So it is done only in lanes where no σ is small against σ_0, which a
+  // bound tells: of σ_0² by the sums of rows, of 1 / σ_{k−1}² by the inverse's trace. The others go by reflections, and use
+  // `spare`, for as much as `room`. Returns the lanes where it is done; `diagonal` and `upper` are then of the tridiagonal
+  // matrix.
+  template <int K>
+  auto factor_products(V* spare) {
+    constexpr int step = Parts<V>::step;
+    for (int h = 0; h < step; ++h) {
+      for (int64_t j = 0; j < k; ++j) {
+        V* const column = matrix + j * rows;
+        in_fours(k - j, [&](int64_t c, auto n) {
+          dots_with<n, step>(part(column, h), part(column + c * rows, h), rows, rows, part(right + j * k + j + c, h));
+        });
+      }
+    }
+    tridiagonalise<K>(right, k, tau, diagonal, upper, work);
+    const V one = splat_as<V>(1);
+    V inverse = one / diagonal[0], trace = inverse, least = diagonal[0], largest = diagonal[0] + abs(upper[0]);
+    q[0] = diagonal[0];
+    for (int64_t i = 1; i < k; ++i) {
+      products[i - 1] = upper[i - 1];
+      e[i - 1] = upper[i - 1] * upper[i - 1] / q[i - 1];
+      q[i] = diagonal[i] - e[i - 1];
+      least = smaller(q[i], least);
+      inverse = (one + e[i - 1] * inverse) / q[i];  // of the inverse's diagonal
+      trace += inverse;
+      const V row = abs(upper[i - 1]) + diagonal[i];
+      largest = larger(i + 1 < k ? row + abs(upper[i]) : row, largest);
+    }
+    const auto good = (least > V{}) & (largest * trace <= splat_as<V>(kConditioned));
+    error = largest;
+    if (any(~good)) {
+      const int64_t size = k * k + 6 * k;
+      for (int64_t i = 0; i < size; ++i) spare[i] = right[i];
+      factor<K>();
+      for (int64_t i = 0; i < size; ++i) right[i] = select(good, spare[i], right[i]);
+      error = select(good, largest, error);
+    }
+    return good;
   }
 
   // The matrix becomes R [k, k] of its QR, which where it is much taller than wide is less work than B.
@@ -301,7 +348,7 @@ struct Bidiagonal {
   // Right singular vectors of B to `values`: vectors [count][k], kept [count] as above.
   template <int K>
   auto vectors(const V* values, int64_t count, V* vectors, V* kept, Scalar<V> negligible) const {
-    auto good = bidiagonal_vectors<K>(q, e, products, k, values, count, vectors, kept, negligible, work);
+    auto good = bidiagonal_vectors<K>(q, e, products, k, values, error, count, vectors, kept, negligible, work);
     good &= orthogonalise<K>(vectors, k, count);
     return good;
   }
@@ -322,22 +369,37 @@ struct Bidiagonal {
   V* matrix;
   int64_t rows, k;
   V *right, *tau, *diagonal, *upper, *q, *e, *products, *work;
+  V error;  // what squared singular values may be off, beyond their own roundings, in units of ε
 };
 
-// The squared singular values, falling, of two matrices abreast: values[i] [k]. Returns the lanes in which they converged.
-// `room` is for 5 k.
-template <int K, class V>
-auto squared_singular_values_of(const Bidiagonal<V>* matrices, V* const* values, Pair<V>* room) {
+// The squared singular values, falling, of two matrices abreast: values[i] [k]. By QR in the lanes of `conditioned`, for which
+// factor_products did, else by dqds. Returns the lanes in which they converged. `room` is for 6 k.
+template <int K, class V, class M>
+PairMask<M> squared_singular_values_of(const Bidiagonal<V>* matrices, PairMask<M> conditioned, V* const* values,
+                                       Pair<V>* room) {
   const int64_t k = K ? K : matrices[0].k;
-  Pair<V>*const q = room, *const e = room + 2 * k, *const found = room + 4 * k;
-  for (int64_t i = 0; i < k; ++i) {
-    q[i] = {matrices[0].q[i], matrices[1].q[i]};
-    if (i + 1 < k) e[i] = {matrices[0].e[i], matrices[1].e[i]};
+  Pair<V>*const q = room, *const e = room + 2 * k, *const found = room + 4 * k, *const better = room + 5 * k;
+  const auto load = [&](const V* low_q, const V* high_q, const V* low_e, const V* high_e) {
+    for (int64_t i = 0; i < k; ++i) {
+      q[i] = {low_q[i], high_q[i]};
+      if (i + 1 < k) e[i] = {low_e[i], high_e[i]};
+    }
+  };
+  auto converged = conditioned;
+  const auto others = ~conditioned;
+  if (any(others)) {
+    load(matrices[0].q, matrices[1].q, matrices[0].e, matrices[1].e);
+    converged = squared_singular_values<K>(q, e, k, found) | conditioned;
   }
-  const auto converged = squared_singular_values<K>(q, e, k, found);
+  if (any(conditioned)) {
+    load(matrices[0].diagonal, matrices[1].diagonal, matrices[0].upper, matrices[1].upper);
+    for (int64_t i = 0; i + 1 < k; ++i) e[i] *= e[i];
+    converged &= tridiagonal_values<K>(q, e, k, conditioned, better) | others;
+  }
   for (int64_t c = 0; c < k; ++c) {
-    values[0][c] = found[c].low;
-    values[1][c] = found[c].high;
+    const Pair<V> value = any(others) ? select(conditioned, better[c], found[c]) : better[c];
+    values[0][c] = value.low;
+    values[1][c] = value.high;
   }
   return converged;
 }

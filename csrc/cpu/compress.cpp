@@ -1,8 +1,9 @@
 // compress: mean, Helmert reduction, SVD, basis and coefficients, one position per lane.
 //
 // Y, the centred vectors in a Helmert basis, has K = min(r, n−1) singular values and no guaranteed zero. Of the tall one of Y
-// and Yᵀ, A, the right singular vectors v are found, from a bidiagonal matrix or, in lanes where that does not do and for the
-// smallest K, from that by one-sided Jacobi. Where Y is wide, they are the components u; else u = Y v / σ.
+// and Yᵀ, A, the right singular vectors v are found, from a bidiagonal matrix (by way of AᵀA in lanes whose σ are not far
+// apart) or, in lanes where that does not do and for the smallest K, from that by one-sided Jacobi. Where Y is wide, they are
+// the components u; else u = Y v / σ.
 
 #include "bidiagonal.h"
 #include "jacobi.h"
@@ -37,11 +38,12 @@ class Compressor {
         rows_(tall_ ? r_ : columns_),
         task_(r_ | 1),
         jacobi_(k_),
-        values_room_(5 * k_),
-        found_(values_room_.take(5 * k_)),
-        wide_scratch_(2 * (k_ * k_ + 7 * k_) + columns_ * r_ + 3 * k_ + rows_ + live_ * (k_ + 1) + p_ * r_),
+        values_room_(6 * k_),
+        found_(values_room_.take(6 * k_)),
+        wide_scratch_(3 * (k_ * k_ + 7 * k_) + columns_ * r_ + 3 * k_ + rows_ + live_ * (k_ + 1) + p_ * r_),
         y_(wide_scratch_.take(columns_ * r_)),
         work_(wide_scratch_.take(3 * k_ + rows_)),
+        spare_(wide_scratch_.take(k_ * k_ + 6 * k_)),
         vectors_(wide_scratch_.take(live_ * k_)),
         kept_(wide_scratch_.take(live_)),
         components_(wide_scratch_.take(p_ * r_)),
@@ -71,6 +73,7 @@ class Compressor {
       const int64_t left = g < count ? positions_ - groups_[g].first : 0;
       groups_[g].lanes = left < kLanes<T> ? static_cast<int>(left) : kLanes<T>;
     }
+    PairMask<PairMask<Mask<T>>> good{};
     Bidiagonal<Wide> matrices[2] = {{y_, rows_, k_, rooms_[0], work_}, {y_, rows_, k_, rooms_[1], work_}};
     for (int pair = 0; pair < 2; ++pair) {
       for (int g = 2 * pair; g < 2 * pair + 2; ++g) {
@@ -81,11 +84,18 @@ class Compressor {
           for (int64_t i = 0; i < columns_ * r_; ++i) half(y_, g, i) = Vec<T>{};
         }
       }
-      if (k_ > 0) with_size<kBidiagonal>([&](auto k) { matrices[pair].template factor<k>(); });
+      if (k_ > 0) {
+        with_size<kBidiagonal>([&](auto k) {
+          if (rows_ >= 2 * k_ && k_ >= kBidiagonal && k_ <= kProducts) {
+            (pair == 0 ? good.low : good.high) = matrices[pair].template factor_products<k>(spare_);
+          } else {
+            matrices[pair].template factor<k>();
+          }
+        });
+      }
     }
-    PairMask<PairMask<Mask<T>>> good{};
     if (k_ >= kBidiagonal) {
-      with_size<kBidiagonal>([&](auto k) { good = squared_singular_values_of<k>(matrices, values_, found_); });
+      with_size<kBidiagonal>([&](auto k) { good = squared_singular_values_of<k>(matrices, good, values_, found_); });
     }
     for (int pair = 0; pair < 2; ++pair) {
       if (k_ > 0) directions(matrices[pair], values_[pair], pair == 0 ? good.low : good.high, 2 * pair);
@@ -180,7 +190,7 @@ class Compressor {
   // become exactly zero. Then the mean goes twice: what the first one rounds off, the second takes. N is n where that is known
   // when compiling, and all of a rank fits in registers. Returns the largest magnitude of y.
   //
-  // Meanwhile, a share in each step, it asks for what a later group reads.
+  // Meanwhile, a share in each step, it asks for what a later group reads, and for what this one writes.
   template <int N>
   Mask<T> centre_tasks(Group& group, int g) {
     const int64_t n = N ? N : n_, step = N ? 1 : task_;
@@ -188,6 +198,8 @@ class Compressor {
     const int64_t later = group.first + kGroups * kLanes<T>;
     const bool more = later + kLanes<T> <= positions_;
     TileLines ahead(in, in.at(0, later), more ? n : 0, kLanes<T>, in.stride[1], r_, in.stride[2], r_);
+    const View& basis = args_.basis;
+    TileLines out(basis, basis.at(0, group.first), p_ + 1, group.lanes, basis.stride[1], r_, basis.stride[2], r_);
     const int64_t along_task = tall_ ? r_ : 1, along_rank = tall_ ? 1 : columns_;
     const T share = T(1) / static_cast<T>(n);
     const T spread = helmert();
@@ -195,6 +207,7 @@ class Compressor {
     Mask<T> largest{};
     for (int64_t j = 0; j < r_; ++j) {
       ahead.prefetch();
+      out.prefetch<1>();
       Vec<T>* const x = group.x + j;
       Vec<T> own[N ? N : 1];
       Vec<T>* const v = N ? own : x;
@@ -235,22 +248,23 @@ class Compressor {
     matrix.turn_back(vectors_, live_);
   }
 
-  // Values and vectors of B in some lanes of one group.
+  // Values and vectors of B, but for its rows' signs, in some lanes of one group.
   void directions_by_jacobi(const Bidiagonal<Wide>& matrix, Wide* values, Mask<T> lanes, int g) {
     const auto of = [g](const Wide& wide) { return g % 2 ? wide.high : wide.low; };
     for (int64_t c = 0; c < k_; ++c) {  // Bᵀ: its left singular vectors are B's right ones
-      for (int64_t i = 0; i < k_; ++i) {
-        core_[c * k_ + i] = i == c ? of(matrix.diagonal[c]) : i == c + 1 ? of(matrix.upper[c]) : Vec<T>{};
-      }
+      const Vec<T> inverse = rsqrt<T>(of(matrix.q[c]));
+      for (int64_t i = 0; i < k_; ++i) core_[c * k_ + i] = Vec<T>{};
+      core_[c * k_ + c] = of(matrix.q[c]) * inverse;
+      if (c + 1 < k_) core_[c * k_ + c + 1] = of(matrix.products[c]) * inverse;
     }
     jacobi_(core_, k_, k_, norms_);
     for (int64_t c = 0; c < k_; ++c) {  // ‖B v‖²: the columns' own norms carry what all rotations rounded
       const Vec<T>* const v = core_ + c * k_;
       Vec<T> square{};
       for (int64_t i = 0; i < k_; ++i) {
-        Vec<T> along = of(matrix.diagonal[i]) * v[i];
-        if (i + 1 < k_) along += of(matrix.upper[i]) * v[i + 1];
-        square += along * along;
+        Vec<T> along = of(matrix.q[i]) * v[i];
+        if (i + 1 < k_) along += of(matrix.products[i]) * v[i + 1];
+        square += along * along / of(matrix.q[i]);
       }
       // A negligible column has no direction of its own: there its norm will do.
       const Mask<T> live = (norms_[c] > Bits<T>::deficient * Bits<T>::deficient * norms_[0]) & (norms_[c] > Bits<T>::tiny);
@@ -360,6 +374,7 @@ class Compressor {
       kept[b] = c + b < live_ ? half(kept_, g, c + b) : Vec<T>{};
       energy[b] = some[b] = Vec<T>{};
     }
+    const int64_t next_row = coeff.stride[1] * element_size(coeff.dtype);
     for (int64_t i = 0; i < n_; ++i) {
       dots_with<N, 1>(group.x + i * task_, u_ + c * r_, r_, r_, row);
       for (int b = 0; b < N; ++b) {
@@ -373,7 +388,10 @@ class Compressor {
           some[b] = Vec<T>{};
         }
       }
-      store_tile<T>(coeff.dtype, coeff.at(i, c, group.first), coeff.stride[2], coeff.stride[1], group.lanes, N, row);
+      char* const to = coeff.at(i, c, group.first);
+      store_tile<T>(coeff.dtype, to, coeff.stride[2], coeff.stride[1], group.lanes, N, row);
+      const char* const later = to + kGroups * kLanes<T> * element_size(coeff.dtype);
+      for (int b = 0; b < N; ++b) __builtin_prefetch(later + b * next_row, 1);
     }
     for (int b = 0; b < N && c + b < live_; ++b) energy_[c + b] = select<T>(kept[b] > T(0), energy[b], energy_[c + b]);
   }
@@ -387,7 +405,7 @@ class Compressor {
   Scratch<Pair<Wide>> values_room_;
   Pair<Wide>* const found_;
   Scratch<Wide> wide_scratch_;
-  Wide *const y_, *const work_;                            // A, of one pair of groups, and room to decompose it
+  Wide *const y_, *const work_, *const spare_;             // A, of one pair of groups, and room to decompose it
   Wide *const vectors_, *const kept_, *const components_;  // of one pair, [live][k], [live], [p][r]
   Wide *rooms_[2], *values_[2];
   Scratch<Vec<T>> scratch_;

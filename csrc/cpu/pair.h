@@ -169,6 +169,11 @@ RMM_INLINE V larger(V x, V y) {
 }
 
 template <class V>
+RMM_INLINE Pair<V> larger(const Pair<V>& x, const Pair<V>& y) {
+  return {larger(x.low, y.low), larger(x.high, y.high)};
+}
+
+template <class V>
 RMM_INLINE V rsqrt(V v) {
   return rsqrt<Scalar<V>>(v);
 }

@@ -253,14 +253,18 @@ class TileLines {
     left_in_tile_ = lines_;
   }
 
-  // Asks for the next share. Inline: the compiler drops calls of what does nothing else.
+  // Asks for the next share, to be read or, Write = 1, written. Inline: the compiler drops calls of what does nothing else.
+  template <int Write = 0>
   RMM_INLINE void prefetch() {
-    const int64_t some = share_ < left_ ? share_ : left_;
+    int64_t some = share_ < left_ ? share_ : left_;
     left_ -= some;
-    for (int64_t i = 0; i < some; ++i) {
-      __builtin_prefetch(at_);
-      at_ += 64;
-      if (--left_in_line_ > 0) continue;
+    while (some > 0) {
+      const int64_t now = some < left_in_line_ ? some : left_in_line_;
+      for (int64_t i = 0; i < now; ++i) __builtin_prefetch(at_ + 64 * i, Write);
+      at_ += 64 * now;
+      some -= now;
+      left_in_line_ -= now;
+      if (left_in_line_ > 0) break;
       left_in_line_ = requests_;
       if (--left_in_tile_ == 0) {
         left_in_tile_ = lines_;
