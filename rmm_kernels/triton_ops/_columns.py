@@ -73,26 +73,32 @@ def flat(tile):
 
 
 @triton.jit
-def total(tile):
-    """The sum [1, W, 1, B] of a tile [H, W, G, B] over its rows, in as few operations as it takes: kernels have hundreds."""
+def over_rows(tile, reduced: tl.constexpr):
+    """A tile [H, W, G, B] reduced over its rows, [1, W, 1, B], in as few operations as it takes: kernels have hundreds."""
     if tile.shape[2] == 1:
-        return tl.sum(tile, 0, keep_dims=True)
+        return reduced(tile, 0, keep_dims=True)
     elif tile.shape[0] == 1:
-        return tl.sum(tile, 2, keep_dims=True)
+        return reduced(tile, 2, keep_dims=True)
     else:
-        return tl.sum(tl.sum(tile, 0), 1)[None, :, None, :]
+        return reduced(reduced(tile, 0), 1)[None, :, None, :]
+
+
+@triton.jit
+def total(tile):
+    """The sum [1, W, 1, B] of a tile [H, W, G, B] over its rows."""
+    return over_rows(tile, tl.sum)
 
 
 @triton.jit
 def highest(tile):
     """The largest number [1, W, 1, B] of each matrix's rows."""
-    return tl.max(tl.max(tile, 0, keep_dims=True), 2, keep_dims=True)
+    return over_rows(tile, tl.max)
 
 
 @triton.jit
 def lowest(tile):
     """The smallest number [1, W, 1, B] of each matrix's rows."""
-    return tl.min(tl.min(tile, 0, keep_dims=True), 2, keep_dims=True)
+    return over_rows(tile, tl.min)
 
 
 @triton.jit
