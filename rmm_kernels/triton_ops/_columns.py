@@ -33,14 +33,27 @@ def stacked(upper, lower):
 
 
 @triton.jit
+def pieces(tile):
+    """The tiles [1, L, 1, B] that a tile [N, L, B] consists of, N a power of two, as a tuple."""
+    apart = (tl.reshape(tile, [tile.shape[0], tile.shape[1], 1, tile.shape[2]]),)
+    for level in tl.static_range(HALVINGS):
+        if 2**level < tile.shape[0]:
+            halved = ()
+            for k in tl.static_range(2**level):
+                halved = halved + halves(apart[k])
+            apart = halved
+    return apart
+
+
+@triton.jit
 def in_lanes(tile, W: tl.constexpr, G: tl.constexpr):
-    """A tile [L, W B] in fp32, each matrix in its own lanes however the tile lies.
+    """A tile [1, L, 1, W B] in fp32, each matrix in its own lanes however the tile lies.
 
     The layout that it was loaded in would go with it. Halves that were apart and are added to something forget that; and so
     does what is gathered from its own place, which Triton puts where no warp needs another's.
     """
-    H: tl.constexpr = tile.shape[0] // G
-    B: tl.constexpr = tile.shape[1] // W
+    H: tl.constexpr = tile.shape[1] // G
+    B: tl.constexpr = tile.shape[3] // W
     tile = tl.permute(tl.reshape(tile.to(tl.float32), [H, G, W, B]), [0, 2, 1, 3])
     if W > 1:
         own = tl.broadcast_to(tl.arange(0, G)[None, :, None], H * W, G, B)
@@ -60,21 +73,32 @@ def flat(tile):
 
 
 @triton.jit
+def over_rows(tile, reduced: tl.constexpr):
+    """A tile [H, W, G, B] reduced over its rows, [1, W, 1, B], in as few operations as it takes: kernels have hundreds."""
+    if tile.shape[2] == 1:
+        return reduced(tile, 0, keep_dims=True)
+    elif tile.shape[0] == 1:
+        return reduced(tile, 2, keep_dims=True)
+    else:
+        return reduced(reduced(tile, 0), 1)[None, :, None, :]
+
+
+@triton.jit
 def total(tile):
     """The sum [1, W, 1, B] of a tile [H, W, G, B] over its rows."""
-    return tl.sum(tl.sum(tile, 0, keep_dims=True), 2, keep_dims=True)
+    return over_rows(tile, tl.sum)
 
 
 @triton.jit
 def highest(tile):
     """The largest number [1, W, 1, B] of each matrix's rows."""
-    return tl.max(tl.max(tile, 0, keep_dims=True), 2, keep_dims=True)
+    return over_rows(tile, tl.max)
 
 
 @triton.jit
 def lowest(tile):
     """The smallest number [1, W, 1, B] of each matrix's rows."""
-    return tl.min(tl.min(tile, 0, keep_dims=True), 2, keep_dims=True)
+    return over_rows(tile, tl.min)
 
 
 @triton.jit
@@ -269,7 +293,7 @@ def orthonormal_columns(core, norms, i, K: tl.constexpr, COUNT: tl.constexpr):
         candidates = tl.where(left > highest(left) - 1e-3, i, K)
         unit = (i == lowest(candidates)).to(tl.float32)
         column = tl.where(live, core[c] * inverse_root(tl.where(live, norms[c], 1.0)), unit)
-        for _ in tl.static_range(2):
+        for _ in range(2):
             for b in tl.static_range(c):
                 column -= total(found[b] * column) * found[b]
             column *= inverse_root(tl.maximum(total(column * column), TINY))

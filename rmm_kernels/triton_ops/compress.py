@@ -30,6 +30,7 @@ from ._columns import (
     orthonormal_columns,
     padded,
     peak_sign_of_columns,
+    pieces,
     reflected,
     total,
 )
@@ -126,6 +127,7 @@ def compress(x: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
             *arguments,
             **{**constants, "C": max(lines, shared_by)},
             inverse_root_n=n**-0.5,
+            TASKS=power_of_two(n),
             W=warps,
             G=shared_by,
             B=block,
@@ -248,13 +250,17 @@ def _compress_columns(
     VECTOR: tl.constexpr,
     RANKS_TOGETHER: tl.constexpr,
     inverse_root_n: tl.constexpr,
+    TASKS: tl.constexpr,
     B: tl.constexpr,
     W: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """K = n − 1 columns in room for C, of up to M ranks; COUNT = min(components, K). W warps, G lanes to a matrix."""
+    """K = n − 1 columns in room for C, of up to M ranks, of n tasks in room for TASKS; COUNT = min(components, K).
+
+    W warps, G lanes to a matrix.
+    """
     r = r * VECTOR
     x_task = x_task.to(tl.int64) * VECTOR
     x_position = x_position.to(tl.int64) * VECTOR
@@ -273,11 +279,15 @@ def _compress_columns(
     c = tl.arange(0, C // G)[:, None, None, None] * G + lane
     j = tl.arange(0, M // G)[:, None, None, None] * G + lane
 
-    at = (x + s * x_position)[None, :] + rank.to(tl.int64) * x_rank
-    first = in_lanes(tl.load(at, mask=inside, other=0.0), W, G)
+    # One load for all tasks, and below stores through pointers that a loop carries: for every other access Triton's compiler
+    # goes through the whole kernel, once for each of its operations.
+    task = tl.arange(0, TASKS)[:, None, None]
+    at = x + s * x_position + (rank.to(tl.int64) * x_rank + task.to(tl.int64) * x_task)
+    vectors = pieces(tl.load(at, mask=inside & (task <= K), other=0.0))
+    first = in_lanes(vectors[0], W, G)
     rest = ()
     for k in tl.static_range(K):
-        rest = rest + (in_lanes(tl.load(at + (k + 1) * x_task, mask=inside, other=0.0), W, G),)
+        rest = rest + (in_lanes(vectors[k + 1], W, G),)
     mean, y, finite, down1, down2, back1, back2 = centred_columns(first, rest, inverse_n, spread, K)
     nan = float("nan")
     to_basis = basis + s[None, :] * basis_position + rank.to(tl.int64) * basis_rank
@@ -296,6 +306,7 @@ def _compress_columns(
         energies = tl.where(c == k, norms[k], energies)
 
     # u, one component after the other, of falling norm; and the coefficients.
+    to_basis += basis_component
     to_coeff = coeff + s[None, :] * coeff_position
     for k in range(components):
         start = tl.zeros_like(core[0])
@@ -309,8 +320,8 @@ def _compress_columns(
         u *= 1.5 - 0.5 * total(u * u)
         sign = peak_sign_of_columns(u.to(basis.dtype.element_ty).to(tl.float32), j)
         u = u * sign + 0.0
-        to_basis += basis_component
         tl.store(to_basis, flat(tl.where(finite, u, nan).to(basis.dtype.element_ty)), mask=inside)
+        to_basis += basis_component
 
         shares = tl.zeros_like(start)  # Yᵀu
         for b in tl.static_range(K):
