@@ -73,13 +73,18 @@ class Compressor {
       const int64_t left = g < count ? positions_ - groups_[g].first : 0;
       groups_[g].lanes = left < kLanes<T> ? static_cast<int>(left) : kLanes<T>;
     }
+    const View &in = args_.x, &basis = args_.basis;
+    constexpr int64_t block = kGroups * kLanes<T>;
+    const int64_t rest = positions_ - first, now = rest < block ? rest : block, next = rest >= 2 * block ? block : 0;
+    Lines lines{{in, in.at(0, first + next), next > 0 ? n_ : 0, next, in.stride[1], r_, in.stride[2], kGroups * r_},
+                {basis, basis.at(0, first), p_ + 1, now, basis.stride[1], r_, basis.stride[2], kGroups * r_}};
     PairMask<PairMask<Mask<T>>> good{};
     Bidiagonal<Wide> matrices[2] = {{y_, rows_, k_, rooms_[0], work_}, {y_, rows_, k_, rooms_[1], work_}};
     for (int pair = 0; pair < 2; ++pair) {
       for (int g = 2 * pair; g < 2 * pair + 2; ++g) {
         if (groups_[g].lanes > 0) {
           load_and_scale(groups_[g]);
-          centre(groups_[g], g);
+          centre(groups_[g], g, lines);
         } else {
           for (int64_t i = 0; i < columns_ * r_; ++i) half(y_, g, i) = Vec<T>{};
         }
@@ -115,6 +120,11 @@ class Compressor {
     int lanes;        // that are positions
     Mask<T> finite;
     Scale<T> scale, centred;
+  };
+
+  // What the next groups read, and what these write.
+  struct Lines {
+    TileLines next, out;
   };
 
   // What one of a pair's groups has of entry i.
@@ -162,8 +172,8 @@ class Compressor {
   // x becomes the scaled and centred x, y its Helmert reduction y_i = x_i + x_0 / (√n − 1), i = 1 … n−1, stored as columns over
   // ranks where Y is tall, over tasks where it is wide, and scaled once more where what tells the tasks apart is much smaller
   // than what they share.
-  void centre(Group& group, int g) {
-    const Vec<T> largest = (Vec<T>)centre_of<2>(group, g);
+  void centre(Group& group, int g, Lines& lines) {
+    const Vec<T> largest = (Vec<T>)centre_of<2>(group, g, lines);
     group.centred = scale_of<T>(largest);
     const Mask<T> near = (largest >= T(0.125)) & (largest < T(16));
     const Vec<T> one = splat<T>(1);
@@ -178,11 +188,11 @@ class Compressor {
   }
 
   template <int N>
-  Mask<T> centre_of(Group& group, int g) {
+  Mask<T> centre_of(Group& group, int g, Lines& lines) {
     if constexpr (N > 8) {
-      return centre_tasks<0>(group, g);
+      return centre_tasks<0>(group, g, lines);
     } else {
-      return n_ == N ? centre_tasks<N>(group, g) : centre_of<N + 1>(group, g);
+      return n_ == N ? centre_tasks<N>(group, g, lines) : centre_of<N + 1>(group, g, lines);
     }
   }
 
@@ -190,24 +200,18 @@ class Compressor {
   // become exactly zero. Then the mean goes twice: what the first one rounds off, the second takes. N is n where that is known
   // when compiling, and all of a rank fits in registers. Returns the largest magnitude of y.
   //
-  // Meanwhile, a share in each step, it asks for what a later group reads, and for what this one writes.
+  // Meanwhile, a share in each step, it asks for `lines`.
   template <int N>
-  Mask<T> centre_tasks(Group& group, int g) {
+  Mask<T> centre_tasks(Group& group, int g, Lines& lines) {
     const int64_t n = N ? N : n_, step = N ? 1 : task_;
-    const View& in = args_.x;
-    const int64_t later = group.first + kGroups * kLanes<T>;
-    const bool more = later + kLanes<T> <= positions_;
-    TileLines ahead(in, in.at(0, later), more ? n : 0, kLanes<T>, in.stride[1], r_, in.stride[2], r_);
-    const View& basis = args_.basis;
-    TileLines out(basis, basis.at(0, group.first), p_ + 1, group.lanes, basis.stride[1], r_, basis.stride[2], r_);
     const int64_t along_task = tall_ ? r_ : 1, along_rank = tall_ ? 1 : columns_;
     const T share = T(1) / static_cast<T>(n);
     const T spread = helmert();
     const Vec<T> up = group.scale.up2;
     Mask<T> largest{};
     for (int64_t j = 0; j < r_; ++j) {
-      ahead.prefetch();
-      out.prefetch<1>();
+      lines.next.template prefetch<0>();
+      lines.out.template prefetch<1>();
       Vec<T>* const x = group.x + j;
       Vec<T> own[N ? N : 1];
       Vec<T>* const v = N ? own : x;
