@@ -47,12 +47,13 @@ class Compressor {
         vectors_(wide_scratch_.take(live_ * k_)),
         kept_(wide_scratch_.take(live_)),
         components_(wide_scratch_.take(p_ * r_)),
-        scratch_(kGroups * (n_ * task_ + r_) + k_ * k_ + 3 * k_ + p_ * r_ + 4 * n_),
+        scratch_(kGroups * (n_ * task_ + r_) + k_ * k_ + 3 * k_ + 2 * p_ * (r_ + n_) + 4 * n_),
         core_(scratch_.take(k_ * k_)),
         norms_(scratch_.take(k_)),
         energy_(scratch_.take(k_)),
         core_kept_(scratch_.take(k_)),
-        u_(scratch_.take(p_ * r_)),
+        u_(scratch_.take(2 * p_ * r_)),
+        coeff_(scratch_.take(2 * n_ * p_)),
         weights_(scratch_.take(4 * n_)) {
     for (int pair = 0; pair < 2; ++pair) {
       rooms_[pair] = wide_scratch_.take(k_ * k_ + 6 * k_);
@@ -80,10 +81,13 @@ class Compressor {
                 {basis, basis.at(0, first), p_ + 1, now, basis.stride[1], r_, basis.stride[2], kGroups * r_}};
     PairMask<PairMask<Mask<T>>> good{};
     Bidiagonal<Wide> matrices[2] = {{y_, rows_, k_, rooms_[0], work_}, {y_, rows_, k_, rooms_[1], work_}};
+    const bool abreast = in.stride[1] == 1 && now == block;
+    if (abreast) load_abreast();
     for (int pair = 0; pair < 2; ++pair) {
       for (int g = 2 * pair; g < 2 * pair + 2; ++g) {
         if (groups_[g].lanes > 0) {
-          load_and_scale(groups_[g]);
+          if (!abreast) load(groups_[g]);
+          scale(groups_[g]);
           centre(groups_[g], g, lines);
         } else {
           for (int64_t i = 0; i < columns_ * r_; ++i) half(y_, g, i) = Vec<T>{};
@@ -108,6 +112,7 @@ class Compressor {
       for (int g = 2 * pair; g < 2 * pair + 2; ++g) {
         if (groups_[g].lanes > 0) write(groups_[g], g, values_[pair]);
       }
+      write_pair(groups_[2 * pair], groups_[2 * pair + 1]);
     }
   }
 
@@ -141,13 +146,29 @@ class Compressor {
     }
   }
 
-  // Loads x and finds its power of two per lane; lanes with NaN or Inf become 0.
-  void load_and_scale(Group& group) {
+  void load(Group& group) {
     const View& x = args_.x;
+    for (int64_t i = 0; i < n_; ++i) {
+      load_tile<T>(x.dtype, x.at(i, group.first), x.stride[1], x.stride[2], group.lanes, r_, group.x + i * task_);
+    }
+  }
+
+  // All groups, positions innermost. A rank's line is read once: ranks mostly lie a power of two apart, and then few of their
+  // lines are in the cache at the same time.
+  void load_abreast() {
+    const View& x = args_.x;
+    for (int64_t i = 0; i < n_; ++i) {
+      Vec<T>* tasks[kGroups];
+      for (int g = 0; g < kGroups; ++g) tasks[g] = groups_[g].x + i * task_;
+      load_tiles<kGroups, T>(x.dtype, x.at(i, groups_[0].first), x.stride[2], r_, tasks);
+    }
+  }
+
+  // Finds x's power of two per lane; lanes with NaN or Inf become 0.
+  void scale(Group& group) {
     Mask<T> largest{};  // of magnitudes by their bits, which order like them, NaN and Inf above all
     for (int64_t i = 0; i < n_; ++i) {
       Vec<T>* const task = group.x + i * task_;
-      load_tile<T>(x.dtype, x.at(i, group.first), x.stride[1], x.stride[2], group.lanes, r_, task);
 #pragma GCC unroll 4
       for (int64_t j = 0; j < r_; ++j) largest = larger_magnitude<T>(largest, task[j]);
     }
@@ -348,7 +369,7 @@ class Compressor {
     for (int64_t c = 0; c < p_; ++c) {
       const Vec<T>* const from = &half(components_, g, c * r_);
       const Vec<T> sign = peak_sign<T>(from, r_, basis.dtype, 2);
-      Vec<T>* const u = u_ + c * r_;
+      Vec<T>* const u = u_of(g) + c * r_;
 #pragma GCC unroll 4
       for (int64_t j = 0; j < r_; ++j) u[j] = from[2 * j] * sign + T(0);  // + 0: no −0
     }
@@ -357,30 +378,47 @@ class Compressor {
     }
     in_fours(p_, [&](int64_t c, auto n) { coefficients<n>(group, g, c, down2); });
     for (int64_t j = 0; j < r_; ++j) group.mean[j] = group.mean[j] * down2 * scale.down1;
-    store_tile<T>(basis.dtype, basis.at(0, group.first), basis.stride[1], basis.stride[2], group.lanes, r_, group.mean);
     if (any<T>(~group.finite)) {
-      for (int64_t j = 0; j < p_ * r_; ++j) u_[j] = select<T>(group.finite, u_[j], nan);
-    }
-    for (int64_t c = 0; c < p_; ++c) {
-      store_tile<T>(basis.dtype, basis.at(c + 1, group.first), basis.stride[1], basis.stride[2], group.lanes, r_, u_ + c * r_);
+      for (int64_t j = 0; j < p_ * r_; ++j) u_of(g)[j] = select<T>(group.finite, u_of(g)[j], nan);
     }
     for (int64_t c = 1; c < k_; ++c) energy_[c] = smaller(energy_[c], energy_[c - 1]);  // equal ones may differ by a rounding
     for (int64_t c = 0; c < k_; ++c) energy_[c] = energy_[c] * down2 * scale.down2 * scale.down1 * scale.down1;
     store_tile<T>(energy.dtype, energy.at(group.first), energy.stride[0], energy.stride[1], group.lanes, k_, energy_);
   }
 
+  // Basis and coefficients of a pair of groups, for the same reason abreast where positions are innermost.
+  void write_pair(const Group& low, const Group& high) {
+    const View &basis = args_.basis, &coeff = args_.coeff;
+    const auto put = [&](const View& view, char* to, int lane_axis, int row_axis, const Vec<T>* const(&tiles)[2]) {
+      const int64_t along = view.stride[lane_axis], next = view.stride[row_axis], rows = view.size[row_axis];
+      if (along == 1 && high.lanes == kLanes<T>) {
+        store_tiles<2, T>(view.dtype, to, next, rows, tiles);
+        return;
+      }
+      if (low.lanes > 0) store_tile<T>(view.dtype, to, along, next, low.lanes, rows, tiles[0]);
+      to += kLanes<T> * along * element_size(view.dtype);
+      if (high.lanes > 0) store_tile<T>(view.dtype, to, along, next, high.lanes, rows, tiles[1]);
+    };
+    put(basis, basis.at(0, low.first), 1, 2, {low.mean, high.mean});
+    for (int64_t c = 0; c < p_; ++c) put(basis, basis.at(c + 1, low.first), 1, 2, {u_of(0) + c * r_, u_of(1) + c * r_});
+    for (int64_t i = 0; i < n_; ++i) put(coeff, coeff.at(i, 0, low.first), 2, 1, {coeff_of(0) + i * p_, coeff_of(1) + i * p_});
+  }
+
+  Vec<T>* u_of(int g) const { return u_ + g % 2 * p_ * r_; }
+  Vec<T>* coeff_of(int g) const { return coeff_ + g % 2 * n_ * p_; }
+
   // N of the components' coefficients, from c on, and from them their energies, closer than the values are.
   template <int N>
   RMM_INLINE void coefficients(const Group& group, int g, int64_t c, Vec<T> down2) {
-    const View& coeff = args_.coeff;
+    const Vec<T>* const u = u_of(g) + c * r_;
+    Vec<T>* const to = coeff_of(g) + c;
     Vec<T> kept[N], energy[N], some[N], row[N];
     for (int b = 0; b < N; ++b) {
       kept[b] = c + b < live_ ? half(kept_, g, c + b) : Vec<T>{};
       energy[b] = some[b] = Vec<T>{};
     }
-    const int64_t next_row = coeff.stride[1] * element_size(coeff.dtype);
     for (int64_t i = 0; i < n_; ++i) {
-      dots_with<N, 1>(group.x + i * task_, u_ + c * r_, r_, r_, row);
+      dots_with<N, 1>(group.x + i * task_, u, r_, r_, row);
       for (int b = 0; b < N; ++b) {
         row[b] *= kept[b];
         some[b] += row[b] * row[b];  // over eight tasks: a few long sums round less than one longer
@@ -392,10 +430,7 @@ class Compressor {
           some[b] = Vec<T>{};
         }
       }
-      char* const to = coeff.at(i, c, group.first);
-      store_tile<T>(coeff.dtype, to, coeff.stride[2], coeff.stride[1], group.lanes, N, row);
-      const char* const later = to + kGroups * kLanes<T> * element_size(coeff.dtype);
-      for (int b = 0; b < N; ++b) __builtin_prefetch(later + b * next_row, 1);
+      for (int b = 0; b < N; ++b) to[i * p_ + b] = row[b];
     }
     for (int b = 0; b < N && c + b < live_; ++b) energy_[c + b] = select<T>(kept[b] > T(0), energy[b], energy_[c + b]);
   }
@@ -413,7 +448,8 @@ class Compressor {
   Wide *const vectors_, *const kept_, *const components_;  // of one pair, [live][k], [live], [p][r]
   Wide *rooms_[2], *values_[2];
   Scratch<Vec<T>> scratch_;
-  Vec<T>*core_, *norms_, *energy_, *core_kept_, *u_, *weights_;  // of one group
+  Vec<T>*core_, *norms_, *energy_, *core_kept_;  // of one group
+  Vec<T>*u_, *coeff_, *weights_;                 // of one pair, [2][p][r], [2][n][p]; of one group
   Group groups_[kGroups];
 };
 

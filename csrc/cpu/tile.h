@@ -202,31 +202,58 @@ void store_tile(To* to, int64_t lane_stride, int64_t row_stride, int lanes, int6
   }
 }
 
-// The same, the storage dtype known at run time. T is double exactly where it is f64.
+// N whole tiles side by side, row by row: tiles[g][j] lane l = from[g · W + l + j · row_stride].
+template <int N, class T, class From>
+void load_tiles(const From* from, int64_t row_stride, int64_t rows, Vec<T>* const* tiles) {
+  for (int64_t j = 0; j < rows; ++j, from += row_stride) {
+    for (int g = 0; g < N; ++g) tiles[g][j] = load_as<T>(from + g * kLanes<T>);
+  }
+}
+
+template <int N, class T, class To>
+void store_tiles(To* to, int64_t row_stride, int64_t rows, const Vec<T>* const* tiles) {
+  for (int64_t j = 0; j < rows; ++j, to += row_stride) {
+    for (int g = 0; g < N; ++g) store_as<T>(to + g * kLanes<T>, tiles[g][j]);
+  }
+}
+
+// body(E{}) for the storage of a dtype. T is double exactly where that is f64.
+template <class T, class Body>
+RMM_INLINE void with_storage(Dtype dtype, const Body& body) {
+  if constexpr (sizeof(T) == 8) {
+    body(T{});
+  } else if (dtype == Dtype::f32) {
+    body(T{});
+  } else if (dtype == Dtype::bf16) {
+    body(BF16{});
+  } else {
+    body(F16{});
+  }
+}
+
+// The same, the storage dtype known at run time.
 template <class T>
 void load_tile(Dtype dtype, const char* from, int64_t lane_stride, int64_t row_stride, int lanes, int64_t rows, Vec<T>* tile) {
-  if constexpr (sizeof(T) == 8) {
-    load_tile<T>(reinterpret_cast<const T*>(from), lane_stride, row_stride, lanes, rows, tile);
-  } else if (dtype == Dtype::f32) {
-    load_tile<T>(reinterpret_cast<const T*>(from), lane_stride, row_stride, lanes, rows, tile);
-  } else if (dtype == Dtype::bf16) {
-    load_tile<T>(reinterpret_cast<const BF16*>(from), lane_stride, row_stride, lanes, rows, tile);
-  } else {
-    load_tile<T>(reinterpret_cast<const F16*>(from), lane_stride, row_stride, lanes, rows, tile);
-  }
+  with_storage<T>(dtype, [&](auto e) {
+    load_tile<T>(reinterpret_cast<const decltype(e)*>(from), lane_stride, row_stride, lanes, rows, tile);
+  });
 }
 
 template <class T>
 void store_tile(Dtype dtype, char* to, int64_t lane_stride, int64_t row_stride, int lanes, int64_t rows, const Vec<T>* tile) {
-  if constexpr (sizeof(T) == 8) {
-    store_tile<T>(reinterpret_cast<T*>(to), lane_stride, row_stride, lanes, rows, tile);
-  } else if (dtype == Dtype::f32) {
-    store_tile<T>(reinterpret_cast<T*>(to), lane_stride, row_stride, lanes, rows, tile);
-  } else if (dtype == Dtype::bf16) {
-    store_tile<T>(reinterpret_cast<BF16*>(to), lane_stride, row_stride, lanes, rows, tile);
-  } else {
-    store_tile<T>(reinterpret_cast<F16*>(to), lane_stride, row_stride, lanes, rows, tile);
-  }
+  with_storage<T>(
+      dtype, [&](auto e) { store_tile<T>(reinterpret_cast<decltype(e)*>(to), lane_stride, row_stride, lanes, rows, tile); });
+}
+
+template <int N, class T>
+void load_tiles(Dtype dtype, const char* from, int64_t row_stride, int64_t rows, Vec<T>* const* tiles) {
+  with_storage<T>(dtype,
+                  [&](auto e) { load_tiles<N, T>(reinterpret_cast<const decltype(e)*>(from), row_stride, rows, tiles); });
+}
+
+template <int N, class T>
+void store_tiles(Dtype dtype, char* to, int64_t row_stride, int64_t rows, const Vec<T>* const* tiles) {
+  with_storage<T>(dtype, [&](auto e) { store_tiles<N, T>(reinterpret_cast<decltype(e)*>(to), row_stride, rows, tiles); });
 }
 
 // The memory of `count` tiles, a view's stride[0] apart, whichever axis is dense, to be asked for in `shares` of about the same
