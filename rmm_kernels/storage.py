@@ -22,7 +22,16 @@ from torch import Tensor
 from . import delta
 from ._files import TensorStream, new_directory, open_tensors, write_json, write_tensors
 from ._version import __version__
-from .adapters import CONFIG, WEIGHTS, AdapterError, StoredTensors, beyond_factors, copy_files, lora_rank, lora_scaling
+from .adapters import (
+    CONFIG,
+    WEIGHTS,
+    AdapterError,
+    StoredTensors,
+    beyond_factors,
+    copy_files,
+    lora_rank_and_scaling,
+    lora_scaling,
+)
 
 FORMAT = "rmm_kernels.merged"
 FORMAT_VERSION = 1
@@ -341,9 +350,8 @@ def _check_module(root: Path, name: str, entry: Mapping[str, Any], configs: list
     lists = ("ranks", "scaling", "squared_errors", "squared_norms")
     if not count or list(entry["tasks"]) != sorted(set(entry["tasks"])) or any(len(entry[key]) != count for key in lists):
         raise MergeError(f"{root / MANIFEST}: module {name!r} must list its tasks once, and a figure of each for each")
-    ranks = [lora_rank(config, name) for config in configs]
-    scaling = [lora_scaling(config, name) for config in configs]
-    if list(entry["ranks"]) != ranks or entry["rank"] != max(ranks) or list(entry["scaling"]) != scaling:
+    ranks, scaling = zip(*(lora_rank_and_scaling(config, name) for config in configs), strict=True)
+    if tuple(entry["ranks"]) != ranks or entry["rank"] != max(ranks) or tuple(entry["scaling"]) != scaling:
         raise MergeError(f"{root / MANIFEST}: ranks or scaling of module {name!r} are not what its tasks' configs say")
 
 
