@@ -104,29 +104,42 @@ class TensorStream:
 
     def __init__(self, path: Path, dtype: torch.dtype, shapes: Mapping[str, Sequence[int]]) -> None:
         self._dtype = dtype
-        self._shapes = list(shapes.items())
+        self._shapes = dict(shapes)
+        self._left = list(shapes.items())
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for key, shape in self._shapes:
+        for key, shape in shapes.items():
             begin, end = end, end + math.prod(shape) * dtype.itemsize
             header[key] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+        self._begin, self._size = 8 + len(text), 8 + len(text) + end
         self._path = path
         self._file = path.open("wb", buffering=0)
         self._bytes(len(text).to_bytes(8, "little") + text)
 
-    def write(self, tensor: Tensor) -> None:
-        """Write the next tensor.
+    def write(self, *tensors: Tensor) -> None:
+        """Write the next tensors.
 
         Raises:
-            ValueError: it does not have the shape or dtype that the header says.
-            OSError: it can't be written, for want of space say.
+            ValueError: one does not have the shape or dtype that the header says.
+            OSError: they can't be written, for want of space say.
         """
-        key, shape = self._shapes.pop(0)
-        if list(tensor.shape) != list(shape) or tensor.dtype != self._dtype:
-            raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)}; expected {self._dtype} {list(shape)}")
-        self._bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        for tensor in tensors:
+            key, shape = self._left.pop(0)
+            if list(tensor.shape) != list(shape) or tensor.dtype != self._dtype:
+                raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)}; expected {self._dtype} {list(shape)}")
+        for tensor in tensors:
+            self._bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def mapped(self) -> dict[str, Tensor]:
+        """The tensors by key, once all are written: views of the file mapped into memory. To change one changes no file."""
+        storage = torch.from_file(str(self._path), shared=False, size=self._size, dtype=torch.uint8).untyped_storage()
+        tensors, end = {}, self._begin
+        for key, shape in self._shapes.items():
+            begin, end = end, end + math.prod(shape) * self._dtype.itemsize
+            tensors[key] = torch.empty(0, dtype=self._dtype).set_(storage[begin:end]).view(list(shape))
+        return tensors
 
     def _bytes(self, data: bytes | memoryview) -> None:
         with _named(self._path):
@@ -138,8 +151,8 @@ class TensorStream:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
-        if kind is None and self._shapes:
-            raise ValueError(f"{self._shapes[0][0]} was not written")
+        if kind is None and self._left:
+            raise ValueError(f"{self._left[0][0]} was not written")
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:

@@ -203,9 +203,10 @@ class Adapter:
     def expect(self, file: io.FileIO, module: str) -> None:
         """Have the system read the module's factors into its page cache, where it can, without waiting for it."""
         if hasattr(os, "posix_fadvise"):
-            for entry in self._find(module):
-                for begin in range(entry.begin, entry.end, _REQUEST):
-                    size = min(_REQUEST, entry.end - begin)
+            first, last = sorted((entry.begin, entry.end) for entry in self._find(module))
+            for start, end in [(first[0], last[1])] if first[1] == last[0] else [first, last]:
+                for begin in range(start, end, _REQUEST):
+                    size = min(_REQUEST, end - begin)
                     os.posix_fadvise(file.fileno(), begin, size, os.POSIX_FADV_WILLNEED)
 
     def __contains__(self, module: object) -> bool:
@@ -235,8 +236,9 @@ class Adapter:
             if not module.startswith(PREFIX):
                 raise AdapterError(f"{self._weights.path}: key {key!r} does not begin with {PREFIX!r}, as PEFT's do")
             module = module.removeprefix(PREFIX)
-            names.update([adapter] if adapter else [])
-            side = match.groupdict().get("side")
+            if adapter:
+                names.add(adapter)
+            side = match["side"] if match.re is _FACTOR else None
             if side is None:
                 extras[magnitude_key(module)] = key
             elif len(entry.shape) > 2:
@@ -267,7 +269,7 @@ class Adapter:
                     f"module {module!r} has lora_A in {a.dtype} and lora_B in {b.dtype}; "
                     f"both must be the same one of {', '.join(_DTYPES)}"
                 )
-            rank, scaling = _rank_and_scaling(self.config, module)
+            rank, scaling = lora_rank_and_scaling(self.config, module)
             if rank != a.shape[0]:
                 raise AdapterError(f"module {module!r} has rank {a.shape[0]} in {WEIGHTS}, but {CONFIG} says {rank}")
         except AdapterError as error:
@@ -341,7 +343,7 @@ def save_adapter(
     """
     tensors = dict(extras or {})
     for module, factor in factors.items():
-        rank, scaling = lora_rank(config, module), lora_scaling(config, module)
+        rank, scaling = lora_rank_and_scaling(config, module)
         if factor.lora_a.shape[0] != rank or not math.isclose(factor.scaling, scaling, rel_tol=1e-6):
             raise AdapterError(
                 f"module {module!r} has rank {factor.lora_a.shape[0]} and scaling {factor.scaling:g}, "
@@ -451,10 +453,11 @@ def lora_rank(config: Mapping[str, Any], module: str) -> int:
 
 def lora_scaling(config: Mapping[str, Any], module: str) -> float:
     """What PEFT multiplies lora_B @ lora_A by: alpha / r, or alpha / √r with use_rslora."""
-    return _rank_and_scaling(config, module)[1]
+    return lora_rank_and_scaling(config, module)[1]
 
 
-def _rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+def lora_rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """Both at once."""
     rank = lora_rank(config, module)
     alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", module)
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):

@@ -283,8 +283,10 @@ def merge(
             for name, module in modules:
                 storage.write_factors(stream, module)
                 written[name] = module.without_values()
-        storage.write_rest(compared(replace(empty, modules=written)), staging)
-    return MergedAdapters.load(output)
+        merged = compared(replace(empty, modules=written))
+        storage.write_rest(merged, staging)
+        factors = stream.mapped()
+    return storage.reopened(merged, output, factors)
 
 
 def _merged_modules(

@@ -11,10 +11,10 @@ A merged directory holds
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,16 @@ from torch import Tensor
 from . import delta
 from ._files import TensorStream, new_directory, open_tensors, write_json, write_tensors
 from ._version import __version__
-from .adapters import CONFIG, WEIGHTS, AdapterError, StoredTensors, beyond_factors, copy_files, lora_rank, lora_scaling
+from .adapters import (
+    CONFIG,
+    WEIGHTS,
+    AdapterError,
+    StoredTensors,
+    beyond_factors,
+    copy_files,
+    lora_rank_and_scaling,
+    lora_scaling,
+)
 
 FORMAT = "rmm_kernels.merged"
 FORMAT_VERSION = 1
@@ -142,6 +151,9 @@ class Stored:
     """other ways to store the adapters, where the merge was asked to compare"""
 
 
+_AnyStored = TypeVar("_AnyStored", bound=Stored)
+
+
 def write(stored: Stored, directory: str | Path) -> None:
     """Write a merged directory; all of it or nothing.
 
@@ -165,8 +177,7 @@ def factors_stream(directory: Path, dtype: torch.dtype, shapes: Mapping[str, Map
 
 def write_factors(stream: TensorStream, module: MergedModule) -> None:
     """The tensors of the next module."""
-    for key in _TENSORS:
-        stream.write(getattr(module, key))
+    stream.write(*(getattr(module, key) for key in _TENSORS))
 
 
 def write_rest(stored: Stored, directory: Path) -> None:
@@ -180,6 +191,32 @@ def write_rest(stored: Stored, directory: Path) -> None:
             own.mkdir()
             copy_files(parts.files, own)
     write_json(directory / MANIFEST, _manifest(stored, directory))
+
+
+def reopened(stored: _AnyStored, directory: str | Path, factors: Mapping[str, Tensor]) -> _AnyStored:
+    """What `read` returns of a directory that `write_factors` and `write_rest` have just written, of which nothing is looked at
+    again.
+
+    Args:
+        stored: what was written; its values may be on the meta device.
+        directory: where it lies now.
+        factors: the factors' file, mapped.
+    """
+    modules = {}
+    for name, module in stored.modules.items():
+        tensors: dict[str, Any] = {key: factors[f"{name}.{key}"] for key in _TENSORS}
+        modules[name] = replace(module, **tensors)
+    parts = {
+        task: _parts(Path(directory), index, own.config, own.extras, own.files)
+        for index, (task, own) in enumerate(stored.parts.items())
+    }
+    return replace(stored, modules=modules, parts=parts)
+
+
+def _parts(root: Path, index: int, config: Mapping[str, Any], extras: Iterable[str], files: Iterable[str]) -> TaskParts:
+    """What task `index` keeps for itself in the merged directory `root`."""
+    tensors = StoredTensors(root / TASKS / f"{index}.safetensors", {key: key for key in extras})
+    return TaskParts(dict(config), tensors, {name: root / TASKS / str(index) / name for name in files})
 
 
 def _manifest(stored: Stored, directory: Path) -> dict[str, Any]:
@@ -313,35 +350,33 @@ def _check_module(root: Path, name: str, entry: Mapping[str, Any], configs: list
     lists = ("ranks", "scaling", "squared_errors", "squared_norms")
     if not count or list(entry["tasks"]) != sorted(set(entry["tasks"])) or any(len(entry[key]) != count for key in lists):
         raise MergeError(f"{root / MANIFEST}: module {name!r} must list its tasks once, and a figure of each for each")
-    ranks = [lora_rank(config, name) for config in configs]
-    scaling = [lora_scaling(config, name) for config in configs]
-    if list(entry["ranks"]) != ranks or entry["rank"] != max(ranks) or list(entry["scaling"]) != scaling:
+    ranks, scaling = zip(*(lora_rank_and_scaling(config, name) for config in configs), strict=True)
+    if tuple(entry["ranks"]) != ranks or entry["rank"] != max(ranks) or tuple(entry["scaling"]) != scaling:
         raise MergeError(f"{root / MANIFEST}: ranks or scaling of module {name!r} are not what its tasks' configs say")
 
 
 def _read_parts(root: Path, index: int, entry: Mapping[str, Any]) -> TaskParts:
     from safetensors import SafetensorError
 
-    own = root / TASKS / str(index)
-    files = {}
-    for name, size in entry["files"].items():
+    for name in entry["files"]:
         if Path(name).name != name or name in ("", "..", CONFIG, WEIGHTS):
             raise MergeError(f"{root / MANIFEST} lists a file {name!r}; it must be a plain file name")
-        path = files[name] = own / name
+    parts = _parts(root, index, entry["config"], entry["extras"], entry["files"])
+    for name, path in parts.files.items():
+        size = entry["files"][name]
         if not path.is_file() or path.stat().st_size != size:
             state = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
             raise MergeError(f"{path} {state}; {MANIFEST} says {size} bytes")
-    extras: dict[str, str] = {key: key for key in entry["extras"]}
-    path = own.with_suffix(".safetensors")
-    if extras:
+    if parts.extras:
+        path = root / TASKS / f"{index}.safetensors"
         try:
             with open_tensors(path) as file:
-                missing = sorted(set(extras) - set(file.keys()))
+                missing = sorted(set(parts.extras) - set(file.keys()))
         except (SafetensorError, OSError) as error:
             raise MergeError(f"{path} can't be read: {error}") from error
         if missing:
             raise MergeError(f"{path} lacks {missing[0]}, which {MANIFEST} lists")
-    return TaskParts(dict(entry["config"]), StoredTensors(path, extras), files)
+    return parts
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,16 @@ def test_streamed_output_is_what_save_writes(
         for module, factors in merged.restore(task).items():
             other = streamed.restore(task)[module]
             assert torch.equal(factors.lora_a, other.lora_a) and torch.equal(factors.lora_b, other.lora_b)
+    loaded = MergedAdapters.load(tmp_path / "streamed")
+    assert replace(streamed, modules={}, parts={}) == replace(loaded, modules={}, parts={})
+    for name, module in loaded.modules.items():
+        for key, value in vars(module).items():
+            own = getattr(streamed.modules[name], key)
+            assert torch.equal(own, value) if isinstance(value, torch.Tensor) else own == value, key
+    for task, parts in loaded.parts.items():
+        same = streamed.parts[task]
+        assert (same.config, same.files, list(same.extras)) == (parts.config, parts.files, list(parts.extras))
+        assert all(torch.equal(same.extras[key], value) for key, value in parts.extras.items())
     header = load_file(tmp_path / "streamed" / "factors.safetensors")  # safetensors' own reader takes it
     assert {key.rpartition(".")[0] for key in header} == set(merged.modules)
 
