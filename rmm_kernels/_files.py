@@ -118,23 +118,25 @@ class TensorStream:
         self._file = path.open("wb", buffering=0)
         self._bytes(len(text).to_bytes(8, "little") + text)
 
-    def write(self, *tensors: Tensor) -> None:
-        """Write the next tensors.
+    def write(self, tensor: Tensor) -> None:
+        """Write the next tensor.
 
         Raises:
-            ValueError: one does not have the shape or dtype that the header says.
-            OSError: they can't be written, for want of space say.
+            ValueError: it does not have the shape or dtype that the header says.
+            OSError: it can't be written, for want of space say.
         """
-        for tensor in tensors:
-            key, shape = self._left.pop(0)
-            if list(tensor.shape) != list(shape) or tensor.dtype != self._dtype:
-                raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)}; expected {self._dtype} {list(shape)}")
-        for tensor in tensors:
-            self._bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        key, shape = self._left.pop(0)
+        if list(tensor.shape) != list(shape) or tensor.dtype != self._dtype:
+            raise ValueError(f"{key} is {tensor.dtype} {list(tensor.shape)}; expected {self._dtype} {list(shape)}")
+        self._bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
-    def mapped(self) -> dict[str, Tensor]:
-        """The tensors by key, once all are written: views of the file mapped into memory. To change one changes no file."""
-        storage = torch.from_file(str(self._path), shared=False, size=self._size, dtype=torch.uint8).untyped_storage()
+    def mapped(self, path: Path) -> dict[str, Tensor]:
+        """The tensors by key, once all are written: views of the file mapped into memory. To change one changes no file.
+
+        Args:
+            path: where the file lies now.
+        """
+        storage = torch.from_file(str(path), shared=False, size=self._size, dtype=torch.uint8).untyped_storage()
         tensors, end = {}, self._begin
         for key, shape in self._shapes.items():
             begin, end = end, end + math.prod(shape) * self._dtype.itemsize

@@ -285,8 +285,7 @@ def merge(
                 written[name] = module.without_values()
         merged = compared(replace(empty, modules=written))
         storage.write_rest(merged, staging)
-        factors = stream.mapped()
-    return storage.reopened(merged, output, factors)
+    return storage.reopened(merged, output, stream)
 
 
 def _merged_modules(

@@ -177,7 +177,8 @@ def factors_stream(directory: Path, dtype: torch.dtype, shapes: Mapping[str, Map
 
 def write_factors(stream: TensorStream, module: MergedModule) -> None:
     """The tensors of the next module."""
-    stream.write(*(getattr(module, key) for key in _TENSORS))
+    for key in _TENSORS:
+        stream.write(getattr(module, key))
 
 
 def write_rest(stored: Stored, directory: Path) -> None:
@@ -193,15 +194,16 @@ def write_rest(stored: Stored, directory: Path) -> None:
     write_json(directory / MANIFEST, _manifest(stored, directory))
 
 
-def reopened(stored: _AnyStored, directory: str | Path, factors: Mapping[str, Tensor]) -> _AnyStored:
+def reopened(stored: _AnyStored, directory: str | Path, stream: TensorStream) -> _AnyStored:
     """What `read` returns of a directory that `write_factors` and `write_rest` have just written, of which nothing is looked at
     again.
 
     Args:
         stored: what was written; its values may be on the meta device.
         directory: where it lies now.
-        factors: the factors' file, mapped.
+        stream: which wrote its factors.
     """
+    factors = stream.mapped(Path(directory) / FACTORS)
     modules = {}
     for name, module in stored.modules.items():
         tensors: dict[str, Any] = {key: factors[f"{name}.{key}"] for key in _TENSORS}
