@@ -112,7 +112,7 @@ class Compressor {
       for (int g = 2 * pair; g < 2 * pair + 2; ++g) {
         if (groups_[g].lanes > 0) write(groups_[g], g, values_[pair]);
       }
-      write_pair(groups_[2 * pair], groups_[2 * pair + 1]);
+      if (groups_[2 * pair].lanes > 0) write_pair(groups_[2 * pair], groups_[2 * pair + 1]);
     }
   }
 
@@ -386,18 +386,12 @@ class Compressor {
     store_tile<T>(energy.dtype, energy.at(group.first), energy.stride[0], energy.stride[1], group.lanes, k_, energy_);
   }
 
-  // Basis and coefficients of a pair of groups, for the same reason abreast where positions are innermost.
+  // Basis and coefficients of a pair of groups.
   void write_pair(const Group& low, const Group& high) {
     const View &basis = args_.basis, &coeff = args_.coeff;
     const auto put = [&](const View& view, char* to, int lane_axis, int row_axis, const Vec<T>* const(&tiles)[2]) {
-      const int64_t along = view.stride[lane_axis], next = view.stride[row_axis], rows = view.size[row_axis];
-      if (along == 1 && high.lanes == kLanes<T>) {
-        store_tiles<2, T>(view.dtype, to, next, rows, tiles);
-        return;
-      }
-      if (low.lanes > 0) store_tile<T>(view.dtype, to, along, next, low.lanes, rows, tiles[0]);
-      to += kLanes<T> * along * element_size(view.dtype);
-      if (high.lanes > 0) store_tile<T>(view.dtype, to, along, next, high.lanes, rows, tiles[1]);
+      store_pair<T>(view.dtype, to, view.stride[lane_axis], view.stride[row_axis], low.lanes + high.lanes, view.size[row_axis],
+                    tiles);
     };
     put(basis, basis.at(0, low.first), 1, 2, {low.mean, high.mean});
     for (int64_t c = 0; c < p_; ++c) put(basis, basis.at(c + 1, low.first), 1, 2, {u_of(0) + c * r_, u_of(1) + c * r_});

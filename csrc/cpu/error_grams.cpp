@@ -21,25 +21,28 @@ RMM_DECLARE_KERNEL(void error_grams(const ErrorGramsArgs& args, int64_t begin, i
 
 namespace RMM_ISA {
 
-// body(row, rows, column, first) for every tile that is not above the diagonal, four rows, or the last two, by two columns, of
-// the Gram matrix of e and x̂ [2r, 2r]; its sums are those from `first` on.
+// body(row, rows, column, columns, first) for every tile that is not above the diagonal, four rows, or the last two, by three
+// columns, or the last ones, of the Gram matrix of e and x̂ [2r, 2r]; its sums are those from `first` on.
 template <class Body>
 RMM_INLINE void each_tile(int64_t r, const Body& body) {
   int64_t first = 0;
-  for (int64_t row = 0; row < 2 * r; row += 4) {
-    const bool four = row + 4 <= 2 * r;
-    for (int64_t column = 0; column < row + (four ? 4 : 2); column += 2) {
-      four ? body(row, std::integral_constant<int, 4>{}, column, first)
-           : body(row, std::integral_constant<int, 2>{}, column, first);
-      first += four ? 8 : 4;
-    }
-  }
+  const auto across = [&](int64_t row, auto rows) {
+    const int64_t end = row + rows;
+    int64_t column = 0;
+    for (; column + 3 <= end; column += 3, first += rows * 3) body(row, rows, column, std::integral_constant<int, 3>{}, first);
+    if (end - column == 2) body(row, rows, column, std::integral_constant<int, 2>{}, first);
+    if (end - column == 1) body(row, rows, column, std::integral_constant<int, 1>{}, first);
+    first += rows * (end - column);
+  };
+  int64_t row = 0;
+  for (; row + 4 <= 2 * r; row += 4) across(row, std::integral_constant<int, 4>{});
+  if (row < 2 * r) across(row, std::integral_constant<int, 2>{});
 }
 
 // How many they are, and some more, to whole vectors of any instruction set.
 inline int64_t tile_sums(int64_t r) {
   int64_t count = 0;
-  each_tile(r, [&](int64_t, auto rows, int64_t, int64_t) { count += 2 * rows; });
+  each_tile(r, [&](int64_t, auto rows, int64_t, auto columns, int64_t) { count += rows * columns; });
   return (count + 15) / 16 * 16;
 }
 
@@ -53,10 +56,10 @@ class ErrorGrams {
         r_(args.x.size[2]),
         p_(args.coeff.size[1]),
         tile_sums_(tile_sums(r_)),
-        scratch_(kChunk * (p_ + 1) * r_ + 2 * r_ * kRow + 2 * r_ + p_ + 1 + args.tasks * tile_sums_),
+        scratch_(kChunk * (p_ + 1) * r_ + 2 * r_ * kRow + 3 * r_ + p_ + 1 + args.tasks * tile_sums_),
         basis_(scratch_.take(kChunk * (p_ + 1) * r_)),
         both_(scratch_.take(2 * r_ * kRow)),
-        x_(scratch_.take(r_)),
+        x_{scratch_.take(r_), scratch_.take(r_)},
         restored_(scratch_.take(r_)),
         c_(scratch_.take(p_ + 1)),
         sums_(scratch_.take(args.tasks * tile_sums_)) {
@@ -75,8 +78,8 @@ class ErrorGrams {
       for (int64_t i = 0; i < tasks; ++i) {
         restore(first_task + i, first, count);
         Vec<T>* const sums = sums_ + i * tile_sums_;
-        each_tile(r_, [&](int64_t row, auto rows, int64_t column, int64_t at) {
-          add_tile<rows>(both_ + row * kRow, both_ + column * kRow, count, sums + at);
+        each_tile(r_, [&](int64_t row, auto rows, int64_t column, auto columns, int64_t at) {
+          add_tile<rows, columns>(both_ + row * kRow, both_ + column * kRow, count, sums + at);
         });
       }
     }
@@ -87,16 +90,21 @@ class ErrorGrams {
   static constexpr int64_t kChunk = 32;        // vectors of positions
   static constexpr int64_t kRow = kChunk + 1;  // from one row of both_ to the next: odd, so that they do not share cache sets
 
-  int lanes(int64_t first) const { return positions_ - first < kLanes<T> ? static_cast<int>(positions_ - first) : kLanes<T>; }
+  // Positions from `first` on that `vectors` of them have.
+  int64_t lanes(int64_t first, int vectors) const {
+    const int64_t left = positions_ - first;
+    return left < vectors * kLanes<T> ? left : vectors * kLanes<T>;
+  }
 
-  // basis_ [count][p+1][r]
+  // basis_ [count][p+1][r], and one more where count is odd
   void load_basis(int64_t first, int64_t count) {
     const View& basis = args_.basis;
-    for (int64_t v = 0; v < count; ++v) {
+    const int64_t next = (p_ + 1) * r_;
+    for (int64_t v = 0; v < count; v += 2) {
       const int64_t at = first + v * kLanes<T>;
       for (int64_t k = 0; k <= p_; ++k) {
-        load_tile<T>(basis.dtype, basis.at(k, at), basis.stride[1], basis.stride[2], lanes(at), r_,
-                     basis_ + (v * (p_ + 1) + k) * r_);
+        Vec<T>* const to = basis_ + v * next + k * r_;
+        load_pair<T>(basis.dtype, basis.at(k, at), basis.stride[1], basis.stride[2], lanes(at, 2), r_, {to, to + next});
       }
     }
   }
@@ -106,8 +114,9 @@ class ErrorGrams {
     const View &x = args_.x, &coeff = args_.coeff;
     for (int64_t v = 0; v < count; ++v) {
       const int64_t at = first + v * kLanes<T>;
-      load_tile<T>(x.dtype, x.at(task, at), x.stride[1], x.stride[2], lanes(at), r_, x_);
-      load_tile<T>(coeff.dtype, coeff.at(task, 0, at), coeff.stride[2], coeff.stride[1], lanes(at), p_, c_ + 1);
+      if (v % 2 == 0) load_pair<T>(x.dtype, x.at(task, at), x.stride[1], x.stride[2], lanes(at, 2), r_, x_);
+      load_tile<T>(coeff.dtype, coeff.at(task, 0, at), coeff.stride[2], coeff.stride[1], static_cast<int>(lanes(at, 1)), p_,
+                   c_ + 1);
       product(c_, basis_ + v * (p_ + 1) * r_, r_, r_, p_ + 1, restored_);
       if (element_size(args_.basis.dtype) < 4) {
         for (int64_t j = 0; j < r_; ++j) restored_[j] = as_stored<T>(args_.basis.dtype, restored_[j]);
@@ -116,26 +125,25 @@ class ErrorGrams {
 #pragma GCC unroll 4
       for (int64_t j = 0; j < r_; ++j) {
         const Vec<T> value = restored_[j];
-        error[j * kRow] = x_[j] - value;
+        error[j * kRow] = x_[v % 2][j] - value;
         restored[j * kRow] = value;
       }
     }
   }
 
-  template <int Rows>
+  template <int Rows, int Columns>
   RMM_INLINE void add_tile(const Vec<T>* a, const Vec<T>* b, int64_t count, Vec<T>* sums) {
-    Vec<T> sum[Rows][2];
-    for (int i = 0; i < Rows; ++i) sum[i][0] = sum[i][1] = Vec<T>{};
+    Vec<T> sum[Rows][Columns] = {};
     for (int64_t v = 0; v < count; ++v) {
-      const Vec<T> left = b[v], right = b[kRow + v];
+      Vec<T> beside[Columns];
+      for (int j = 0; j < Columns; ++j) beside[j] = b[j * kRow + v];
       for (int i = 0; i < Rows; ++i) {
-        sum[i][0] += a[i * kRow + v] * left;
-        sum[i][1] += a[i * kRow + v] * right;
+        const Vec<T> entry = a[i * kRow + v];
+        for (int j = 0; j < Columns; ++j) sum[i][j] += entry * beside[j];
       }
     }
     for (int i = 0; i < Rows; ++i) {
-      sums[2 * i] += sum[i][0];
-      sums[2 * i + 1] += sum[i][1];
+      for (int j = 0; j < Columns; ++j) sums[i * Columns + j] += sum[i][j];
     }
   }
 
@@ -154,7 +162,9 @@ class ErrorGrams {
   const int64_t n_, positions_, r_, p_;
   const int64_t tile_sums_;
   Scratch<Vec<T>> scratch_;
-  Vec<T>*const basis_, *const both_, *const x_, *const restored_, *const c_, *const sums_;
+  Vec<T>*const basis_, *const both_;
+  Vec<T>* const x_[2];  // of two vectors of positions
+  Vec<T>*const restored_, *const c_, *const sums_;
 };
 
 template <class T>
@@ -195,9 +205,9 @@ void add(const T* sums, std::vector<double>& total) {
 
 // A task's sums, to where they belong: eᵀe, eᵀx̂ and x̂ᵀx̂ [r, r], `part` apart.
 void place(const double* sums, int64_t r, double* out, int64_t part) {
-  RMM_ISA::each_tile(r, [&](int64_t row, auto rows, int64_t column, int64_t first) {
-    for (int i = 0; i < 2 * rows; ++i) {
-      const int64_t a = row + i / 2, b = column + i % 2;
+  RMM_ISA::each_tile(r, [&](int64_t row, auto rows, int64_t column, auto columns, int64_t first) {
+    for (int i = 0; i < rows * columns; ++i) {
+      const int64_t a = row + i / columns, b = column + i % columns;
       if (b > a) continue;
       const double sum = sums[first + i];
       if (a < r) {

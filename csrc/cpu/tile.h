@@ -256,6 +256,32 @@ void store_tiles(Dtype dtype, char* to, int64_t row_stride, int64_t rows, const 
   with_storage<T>(dtype, [&](auto e) { store_tiles<N, T>(reinterpret_cast<decltype(e)*>(to), row_stride, rows, tiles); });
 }
 
+// Two tiles side by side, of `lanes` positions in all, more than none. Where positions are dense a row's line is read, or
+// written, at once: rows mostly lie a power of two apart, and then few of their lines are in the cache at the same time.
+template <class T>
+void load_pair(Dtype dtype, const char* from, int64_t lane_stride, int64_t row_stride, int64_t lanes, int64_t rows,
+               Vec<T>* const (&tiles)[2]) {
+  constexpr int W = kLanes<T>;
+  if (lane_stride == 1 && lanes == 2 * W) return load_tiles<2, T>(dtype, from, row_stride, rows, tiles);
+  const int first = lanes < W ? static_cast<int>(lanes) : W;
+  load_tile<T>(dtype, from, lane_stride, row_stride, first, rows, tiles[0]);
+  if (lanes <= W) return;
+  from += W * lane_stride * element_size(dtype);
+  load_tile<T>(dtype, from, lane_stride, row_stride, static_cast<int>(lanes - W), rows, tiles[1]);
+}
+
+template <class T>
+void store_pair(Dtype dtype, char* to, int64_t lane_stride, int64_t row_stride, int64_t lanes, int64_t rows,
+                const Vec<T>* const (&tiles)[2]) {
+  constexpr int W = kLanes<T>;
+  if (lane_stride == 1 && lanes == 2 * W) return store_tiles<2, T>(dtype, to, row_stride, rows, tiles);
+  const int first = lanes < W ? static_cast<int>(lanes) : W;
+  store_tile<T>(dtype, to, lane_stride, row_stride, first, rows, tiles[0]);
+  if (lanes <= W) return;
+  to += W * lane_stride * element_size(dtype);
+  store_tile<T>(dtype, to, lane_stride, row_stride, static_cast<int>(lanes - W), rows, tiles[1]);
+}
+
 // The memory of `count` tiles, a view's stride[0] apart, whichever axis is dense, to be asked for in `shares` of about the same
 // size: many requests at once would be waited for. None where neither axis is dense.
 class TileLines {
