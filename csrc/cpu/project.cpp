@@ -17,20 +17,24 @@ namespace RMM_ISA {
 template <class T>
 void project_groups(const ProjectArgs& args, int64_t begin, int64_t end) {
   const View &x = args.x, &basis = args.basis, &coeff = args.coeff;
-  const int64_t n = x.size[0], positions = x.size[1], r = x.size[2], p = coeff.size[1];
-  Scratch<Vec<T>> scratch((p + 2) * r + p);
-  Vec<T>*u = scratch.take((p + 1) * r), *centred = scratch.take(r), *c = scratch.take(p);
-  for (int64_t group = begin; group < end; ++group) {
-    const int64_t first = group * kLanes<T>;
-    const int lanes = positions - first < kLanes<T> ? static_cast<int>(positions - first) : kLanes<T>;
+  const int64_t n = x.size[0], r = x.size[2], p = coeff.size[1];
+  Scratch<Vec<T>> scratch(2 * ((p + 2) * r + p));
+  Vec<T>* const u[2] = {scratch.take((p + 1) * r), scratch.take((p + 1) * r)};
+  Vec<T>*const centred[2] = {scratch.take(r), scratch.take(r)}, *const c[2] = {scratch.take(p), scratch.take(p)};
+  const int64_t last = end * kLanes<T> < x.size[1] ? end * kLanes<T> : x.size[1];
+  for (int64_t first = begin * kLanes<T>; first < last; first += 2 * kLanes<T>) {
+    const int64_t lanes = last - first < 2 * kLanes<T> ? last - first : 2 * kLanes<T>;
+    const int groups = lanes > kLanes<T> ? 2 : 1;
     for (int64_t k = 0; k <= p; ++k) {
-      load_tile<T>(basis.dtype, basis.at(k, first), basis.stride[1], basis.stride[2], lanes, r, u + k * r);
+      load_pair<T>(basis.dtype, basis.at(k, first), basis.stride[1], basis.stride[2], lanes, r, {u[0] + k * r, u[1] + k * r});
     }
     for (int64_t i = 0; i < n; ++i) {
-      load_tile<T>(x.dtype, x.at(i, first), x.stride[1], x.stride[2], lanes, r, centred);
-      for (int64_t j = 0; j < r; ++j) centred[j] -= u[j];
-      in_fours(p, [&](int64_t k, auto some) { dots_with<some, 1>(centred, u + (k + 1) * r, r, r, c + k); });
-      store_tile<T>(coeff.dtype, coeff.at(i, 0, first), coeff.stride[2], coeff.stride[1], lanes, p, c);
+      load_pair<T>(x.dtype, x.at(i, first), x.stride[1], x.stride[2], lanes, r, centred);
+      for (int g = 0; g < groups; ++g) {
+        for (int64_t j = 0; j < r; ++j) centred[g][j] -= u[g][j];
+        in_fours(p, [&](int64_t k, auto some) { dots_with<some, 1>(centred[g], u[g] + (k + 1) * r, r, r, c[g] + k); });
+      }
+      store_pair<T>(coeff.dtype, coeff.at(i, 0, first), coeff.stride[2], coeff.stride[1], lanes, p, {c[0], c[1]});
     }
   }
 }
