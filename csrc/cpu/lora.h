@@ -18,8 +18,8 @@
 
 namespace rmm {
 
-// Some of the active tokens (id ≥ 0), which are sorted by task.
-constexpr int64_t kChunk = 128;
+// So many of the active tokens (id ≥ 0), which are sorted by task, share a copy of the basis.
+constexpr int64_t kChunk = 256;
 
 struct Chunk {
   const int64_t* order;  // rows of x and y
