@@ -457,7 +457,7 @@ def lora_scaling(config: Mapping[str, Any], module: str) -> float:
 
 
 def lora_rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """Both at once."""
+    """`lora_rank` and `lora_scaling` at once: the pattern that gives the rank is looked for once."""
     rank = lora_rank(config, module)
     alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", module)
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
