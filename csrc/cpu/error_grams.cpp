@@ -182,7 +182,6 @@ void error_grams(const ErrorGramsArgs& args, int64_t begin, int64_t end) {
 
 #ifdef RMM_OPS
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "../common/tensor.h"
@@ -240,10 +239,7 @@ Tensor error_grams_op(Tensor x, Tensor basis, Tensor coeff) {
   const ErrorGramsArgs args{in, on, of, sums.data_ptr(), span, tasks};
   const auto kernel = RMM_KERNEL(error_grams);
   const int64_t units = spans * ceil_div(n, tasks);
-  std::atomic<int64_t> next{0};  // units differ in length: who is done takes the next one
-  torch::stable::parallel_for(0, units, 1, [&](int64_t, int64_t) {
-    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) kernel(args, unit, unit + 1);
-  });
+  parallel_shares(units, 1, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   std::vector<double> total(each);
   for (int64_t i = 0; i < n; ++i) {
     std::fill(total.begin(), total.end(), 0);

@@ -206,8 +206,6 @@ void lora_shrink(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int6
 }  // namespace rmm
 
 #ifdef RMM_OPS
-#include <torch/csrc/stable/c/shim.h>
-
 #include <algorithm>
 #include <numeric>
 #include <utility>
@@ -217,10 +215,9 @@ void lora_shrink(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int6
 namespace rmm {
 
 int64_t parts_of(int64_t chunks, int64_t most) {
-  uint32_t threads = 1;
-  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  const int64_t threads = torch::stable::get_num_threads();
   if (chunks % threads == 0 || chunks >= 8 * threads) return 1;
-  return std::max<int64_t>(1, std::min<int64_t>(most, threads));
+  return std::max(int64_t(1), std::min(most, threads));
 }
 
 namespace {
