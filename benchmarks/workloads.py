@@ -101,7 +101,7 @@ def compress(
     layout: str = "rank innermost",
     ratio: float | None = None,
     *,
-    positions: int = 20_000,
+    positions: int = 20_480,  # so that rows are a multiple of 4 KB apart, as in most models
     p: int = 4,
     threads: int = 2,
 ) -> Workload:
