@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +32,9 @@ def _time(value: float) -> str:
 
 
 def _ratio(value: float) -> str:
-    return f"{value:.2f}".removeprefix("0") if value < 1 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
+    """Two digits, cut rather than rounded: what misses an aim never reads as if it met it."""
+    digits = 2 if value < 1 else 1 if value < 10 else 0
+    return f"{math.floor(value * 10**digits + 1e-9) / 10**digits:.{digits}f}".removeprefix("0" if value < 1 else "")
 
 
 def _table(heads: str, rows: Iterable[Iterable[str]]) -> Iterator[str]:

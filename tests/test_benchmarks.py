@@ -200,3 +200,9 @@ def test_disk_to_disk(tmp_path: Path, cut_adapters: list[Path], contender: str) 
     assert min(found["seconds"]) > 0 and all(seconds >= 0 for seconds in found["phases"].values())
     if len(found["seconds"]) == 1:
         assert sum(found["phases"].values()) == pytest.approx(found["seconds"][0])
+
+
+def test_ratios_are_cut() -> None:
+    """So that what misses an aim by little does not read as if it met it."""
+    shown = [report._ratio(value) for value in (3.98, 4.0, 0.999, 0.77, 9.99, 49.97, 50.0)]
+    assert shown == ["3.9", "4.0", ".99", ".77", "9.9", "49", "50"]
