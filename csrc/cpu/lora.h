@@ -402,8 +402,9 @@ struct TokenPlan {
 // Checks the ids, so it comes before anything is written.
 TokenPlan plan_tokens(const Ids& task_ids, int64_t n);
 
-// Into how many parts each of `chunks` chunks is cut, at most `most`, so that every thread has something to do.
-int64_t parts_of(int64_t chunks, int64_t most);
+// Into how many parts each of `chunks` chunks is cut: at most `most`, so that every thread has something to do; or up to
+// `fine`, which cost next to nothing, so that a thread that is done can take from the others.
+int64_t parts_of(int64_t chunks, int64_t most, int64_t fine);
 
 // u [T, r], contiguous, of the accumulator's dtype; rows of inactive tokens are left alone.
 void run_shrink(const TokenPlan& plan, const View& x, const View& basis_a, const View& coeff_a, const View& u);

@@ -261,6 +261,8 @@ void lora_expand(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int6
 #ifdef RMM_OPS
 #include <algorithm>
 
+#include "parallel.h"
+
 namespace rmm {
 
 void check_expand(const View& y, const View& basis_b, const View& coeff_b, const Ids& task_ids, const View& scaling) {
@@ -277,9 +279,9 @@ void run_expand(const TokenPlan& plan, const View& y, const View& u, const View&
   constexpr int64_t least = 64;  // positions; whole steps of every dtype
   const int64_t r = basis_b.size[2], width = y.size[1], pieces = (width + least - 1) / least, chunks = plan.chunks();
   const int64_t work = static_cast<int64_t>(plan.order.size()) * r * width;
-  const int64_t parts = work < 32768 ? 1 : parts_of(chunks, pieces), units = chunks * parts;
+  const int64_t parts = work < 32768 ? 1 : parts_of(chunks, pieces, pieces / 4), units = chunks * parts;
   const auto kernel = RMM_KERNEL_BF16(lora_expand);
-  torch::stable::parallel_for(0, units, work < 32768 ? units : 1, [&](int64_t begin, int64_t end) {
+  parallel_shares(units, work < 32768 ? units : 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t part = unit % parts, from = part * pieces / parts * least, to = (part + 1) * pieces / parts * least;
       if (from < width) kernel(args, plan.chunk(unit / parts), from, std::min(to, width));

@@ -211,13 +211,15 @@ void lora_shrink(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int6
 #include <utility>
 
 #include "../common/tensor.h"
+#include "parallel.h"
 
 namespace rmm {
 
-int64_t parts_of(int64_t chunks, int64_t most) {
+int64_t parts_of(int64_t chunks, int64_t most, int64_t fine) {
   const int64_t threads = torch::stable::get_num_threads();
-  if (chunks % threads == 0 || chunks >= 8 * threads) return 1;
-  return std::max(int64_t(1), std::min(most, threads));
+  if (threads == 1 || chunks >= 8 * threads) return 1;
+  const int64_t parts = chunks % threads == 0 ? 1 : std::min(most, threads);
+  return std::max({int64_t(1), parts, std::min(fine, 8 * threads / chunks)});
 }
 
 namespace {
@@ -262,9 +264,9 @@ void run_shrink(const TokenPlan& plan, const View& x, const View& basis_a, const
   const int64_t r = basis_a.size[1], fours = (r + 3) / 4, chunks = plan.chunks();
   const int64_t work = static_cast<int64_t>(plan.order.size()) * r * x.size[1];
   // A row's sums are its own, so that neither the chunks nor the parts have a say in the results.
-  const int64_t parts = work < 32768 ? 1 : parts_of(chunks, fours), units = chunks * parts;
+  const int64_t parts = work < 32768 ? 1 : parts_of(chunks, fours, 1), units = chunks * parts;
   const auto kernel = RMM_KERNEL_BF16(lora_shrink);
-  torch::stable::parallel_for(0, units, work < 32768 ? units : 1, [&](int64_t begin, int64_t end) {
+  parallel_shares(units, work < 32768 ? units : 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t part = unit % parts, from = part * fours / parts * 4, to = (part + 1) * fours / parts * 4;
       if (from < r) kernel(args, plan.chunk(unit / parts), from, std::min(to, r));

@@ -25,11 +25,9 @@ void parallel_shares(int64_t count, int64_t least, int64_t unit, const Body& bod
     std::atomic<int64_t> next;
     int64_t end;
   };
+  if (count == 0) return;
   const int64_t number = std::min<int64_t>(torch::stable::get_num_threads(), (count + least - 1) / least);
-  if (number <= 1) {
-    if (count > 0) body(int64_t(0), count);
-    return;
-  }
+  if (number <= 1) return body(int64_t(0), count);
   std::vector<Share> shares(number);
   for (int64_t i = 0; i < number; ++i) {
     shares[i].next = count * i / number;
