@@ -389,9 +389,9 @@ class Compressor {
   // Basis and coefficients of a pair of groups.
   void write_pair(const Group& low, const Group& high) {
     const View &basis = args_.basis, &coeff = args_.coeff;
-    const auto put = [&](const View& view, char* to, int lane_axis, int row_axis, const Vec<T>* const(&tiles)[2]) {
-      store_pair<T>(view.dtype, to, view.stride[lane_axis], view.stride[row_axis], low.lanes + high.lanes, view.size[row_axis],
-                    tiles);
+    const auto put = [&](const View& view, char* to, int lane_axis, int row_axis, Vec<T>* const(&tiles)[2]) {
+      store_block<T>(view.dtype, to, view.stride[lane_axis], view.stride[row_axis], low.lanes + high.lanes, view.size[row_axis],
+                     tiles);
     };
     put(basis, basis.at(0, low.first), 1, 2, {low.mean, high.mean});
     for (int64_t c = 0; c < p_; ++c) put(basis, basis.at(c + 1, low.first), 1, 2, {u_of(0) + c * r_, u_of(1) + c * r_});

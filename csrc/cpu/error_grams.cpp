@@ -56,13 +56,13 @@ class ErrorGrams {
         r_(args.x.size[2]),
         p_(args.coeff.size[1]),
         tile_sums_(tile_sums(r_)),
-        scratch_(kChunk * (p_ + 1) * r_ + 2 * r_ * kRow + 3 * r_ + p_ + 1 + args.tasks * tile_sums_),
+        scratch_(kChunk * (p_ + 1) * r_ + 2 * r_ * kRow + (kBlock + 1) * r_ + p_ + 1 + args.tasks * tile_sums_),
         basis_(scratch_.take(kChunk * (p_ + 1) * r_)),
         both_(scratch_.take(2 * r_ * kRow)),
-        x_{scratch_.take(r_), scratch_.take(r_)},
         restored_(scratch_.take(r_)),
         c_(scratch_.take(p_ + 1)),
         sums_(scratch_.take(args.tasks * tile_sums_)) {
+    for (Vec<T>*& x : x_) x = scratch_.take(r_);
     c_[0] = splat<T>(1);  // of the mean
   }
 
@@ -96,15 +96,18 @@ class ErrorGrams {
     return left < vectors * kLanes<T> ? left : vectors * kLanes<T>;
   }
 
-  // basis_ [count][p+1][r], and one more where count is odd
+  static_assert(kChunk % kBlock == 0, "whole blocks");
+
+  // basis_ [count][p+1][r]
   void load_basis(int64_t first, int64_t count) {
     const View& basis = args_.basis;
     const int64_t next = (p_ + 1) * r_;
-    for (int64_t v = 0; v < count; v += 2) {
+    for (int64_t v = 0; v < count; v += kBlock) {
       const int64_t at = first + v * kLanes<T>;
       for (int64_t k = 0; k <= p_; ++k) {
-        Vec<T>* const to = basis_ + v * next + k * r_;
-        load_pair<T>(basis.dtype, basis.at(k, at), basis.stride[1], basis.stride[2], lanes(at, 2), r_, {to, to + next});
+        Vec<T>* to[kBlock];
+        for (int g = 0; g < kBlock; ++g) to[g] = basis_ + (v + g) * next + k * r_;
+        load_block<T>(basis.dtype, basis.at(k, at), basis.stride[1], basis.stride[2], lanes(at, kBlock), r_, to);
       }
     }
   }
@@ -114,7 +117,7 @@ class ErrorGrams {
     const View &x = args_.x, &coeff = args_.coeff;
     for (int64_t v = 0; v < count; ++v) {
       const int64_t at = first + v * kLanes<T>;
-      if (v % 2 == 0) load_pair<T>(x.dtype, x.at(task, at), x.stride[1], x.stride[2], lanes(at, 2), r_, x_);
+      if (v % kBlock == 0) load_block<T>(x.dtype, x.at(task, at), x.stride[1], x.stride[2], lanes(at, kBlock), r_, x_);
       load_tile<T>(coeff.dtype, coeff.at(task, 0, at), coeff.stride[2], coeff.stride[1], static_cast<int>(lanes(at, 1)), p_,
                    c_ + 1);
       product(c_, basis_ + v * (p_ + 1) * r_, r_, r_, p_ + 1, restored_);
@@ -125,7 +128,7 @@ class ErrorGrams {
 #pragma GCC unroll 4
       for (int64_t j = 0; j < r_; ++j) {
         const Vec<T> value = restored_[j];
-        error[j * kRow] = x_[v % 2][j] - value;
+        error[j * kRow] = x_[v % kBlock][j] - value;
         restored[j * kRow] = value;
       }
     }
@@ -163,7 +166,7 @@ class ErrorGrams {
   const int64_t tile_sums_;
   Scratch<Vec<T>> scratch_;
   Vec<T>*const basis_, *const both_;
-  Vec<T>* const x_[2];  // of two vectors of positions
+  Vec<T>* x_[kBlock];  // of a block
   Vec<T>*const restored_, *const c_, *const sums_;
 };
 

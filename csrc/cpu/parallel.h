@@ -52,7 +52,8 @@ void parallel_groups(int64_t count, Dtype dtype, int64_t products, const Body& b
   const int64_t width = lanes(dtype), groups = (count + width - 1) / width;
   const int64_t least = std::max<int64_t>(1, (int64_t(1) << 19) / (width * std::max<int64_t>(1, products)));
   const int64_t unit = std::max<int64_t>(least, groups / torch::stable::get_num_threads() / 16);
-  parallel_shares(groups, least, (unit + 3) / 4 * 4, body);  // kernels take up to four groups together
+  const int64_t together = unit < 16 ? 4 : 16;  // kernels take up to so many groups at once
+  parallel_shares(groups, least, (unit + together - 1) / together * together, body);
 }
 
 }  // namespace rmm

@@ -18,23 +18,34 @@ template <class T>
 void project_groups(const ProjectArgs& args, int64_t begin, int64_t end) {
   const View &x = args.x, &basis = args.basis, &coeff = args.coeff;
   const int64_t n = x.size[0], r = x.size[2], p = coeff.size[1];
-  Scratch<Vec<T>> scratch(2 * ((p + 2) * r + p));
-  Vec<T>* const u[2] = {scratch.take((p + 1) * r), scratch.take((p + 1) * r)};
-  Vec<T>*const centred[2] = {scratch.take(r), scratch.take(r)}, *const c[2] = {scratch.take(p), scratch.take(p)};
+  const int64_t apart = r | 1;  // of components: odd, so that they do not share cache sets
+  const int64_t block = block_of<T>((p + 1) * apart, x.stride[1] == 1);
+  Scratch<Vec<T>> scratch(kBlock * ((p + 1) * apart + r + p));
+  Vec<T>*u[kBlock], *centred[kBlock], *c[kBlock], *component[kBlock];
+  for (int g = 0; g < kBlock; ++g) {
+    u[g] = scratch.take((p + 1) * apart);
+    centred[g] = scratch.take(r);
+    c[g] = scratch.take(p);
+  }
   const int64_t last = end * kLanes<T> < x.size[1] ? end * kLanes<T> : x.size[1];
-  for (int64_t first = begin * kLanes<T>; first < last; first += 2 * kLanes<T>) {
-    const int64_t lanes = last - first < 2 * kLanes<T> ? last - first : 2 * kLanes<T>;
-    const int groups = lanes > kLanes<T> ? 2 : 1;
+  for (int64_t first = begin * kLanes<T>; first < last; first += block) {
+    const int64_t lanes = last - first < block ? last - first : block, next = first + block;
+    const int64_t ahead = next + block <= last ? block : 0;
+    TileLines read(x, x.at(0, ahead > 0 ? next : first), ahead > 0 ? n : 0, ahead, x.stride[1], r, x.stride[2], n);
+    TileLines written(coeff, coeff.at(0, 0, first), n, lanes, coeff.stride[2], p, coeff.stride[1], n);
     for (int64_t k = 0; k <= p; ++k) {
-      load_pair<T>(basis.dtype, basis.at(k, first), basis.stride[1], basis.stride[2], lanes, r, {u[0] + k * r, u[1] + k * r});
+      for (int g = 0; g < kBlock; ++g) component[g] = u[g] + k * apart;
+      load_block<T>(basis.dtype, basis.at(k, first), basis.stride[1], basis.stride[2], lanes, r, component);
     }
     for (int64_t i = 0; i < n; ++i) {
-      load_pair<T>(x.dtype, x.at(i, first), x.stride[1], x.stride[2], lanes, r, centred);
-      for (int g = 0; g < groups; ++g) {
+      read.prefetch();
+      written.prefetch<1>();
+      load_block<T>(x.dtype, x.at(i, first), x.stride[1], x.stride[2], lanes, r, centred);
+      for (int g = 0; g * kLanes<T> < lanes; ++g) {
         for (int64_t j = 0; j < r; ++j) centred[g][j] -= u[g][j];
-        in_fours(p, [&](int64_t k, auto some) { dots_with<some, 1>(centred[g], u[g] + (k + 1) * r, r, r, c[g] + k); });
+        in_fours(p, [&](int64_t k, auto some) { dots_with<some, 1>(centred[g], u[g] + (k + 1) * apart, apart, r, c[g] + k); });
       }
-      store_pair<T>(coeff.dtype, coeff.at(i, 0, first), coeff.stride[2], coeff.stride[1], lanes, p, {c[0], c[1]});
+      store_block<T>(coeff.dtype, coeff.at(i, 0, first), coeff.stride[2], coeff.stride[1], lanes, p, c);
     }
   }
 }

@@ -19,22 +19,28 @@ template <class T>
 void reconstruct_groups(const ReconstructArgs& args, int64_t begin, int64_t end) {
   const View &basis = args.basis, &coeff = args.coeff, &out = args.out;
   const int64_t r = basis.size[2], p = coeff.size[1];
-  Scratch<Vec<T>> scratch(2 * ((p + 2) * r + p + 1));
-  Vec<T>* const u[2] = {scratch.take((p + 1) * r), scratch.take((p + 1) * r)};
-  Vec<T>*const sum[2] = {scratch.take(r), scratch.take(r)}, *const c[2] = {scratch.take(p + 1), scratch.take(p + 1)};
-  c[0][0] = c[1][0] = splat<T>(1);  // of the mean
+  const int64_t apart = r | 1;  // of components: odd, so that they do not share cache sets
+  const int64_t block = block_of<T>((p + 1) * apart, basis.stride[1] == 1);
+  Scratch<Vec<T>> scratch(kBlock * ((p + 1) * (apart + 1) + r));
+  Vec<T>*u[kBlock], *sum[kBlock], *c[kBlock], *c_rest[kBlock], *component[kBlock];
+  for (int g = 0; g < kBlock; ++g) {
+    u[g] = scratch.take((p + 1) * apart);
+    sum[g] = scratch.take(r);
+    c[g] = scratch.take(p + 1);
+    c[g][0] = splat<T>(1);  // of the mean
+    c_rest[g] = c[g] + 1;
+  }
   const int64_t last = end * kLanes<T> < basis.size[1] ? end * kLanes<T> : basis.size[1];
-  for (int64_t first = begin * kLanes<T>; first < last; first += 2 * kLanes<T>) {
-    const int64_t lanes = last - first < 2 * kLanes<T> ? last - first : 2 * kLanes<T>;
-    const int groups = lanes > kLanes<T> ? 2 : 1;
+  for (int64_t first = begin * kLanes<T>; first < last; first += block) {
+    const int64_t lanes = last - first < block ? last - first : block;
     for (int64_t k = 0; k <= p; ++k) {
-      load_pair<T>(basis.dtype, basis.at(k, first), basis.stride[1], basis.stride[2], lanes, r, {u[0] + k * r, u[1] + k * r});
+      for (int g = 0; g < kBlock; ++g) component[g] = u[g] + k * apart;
+      load_block<T>(basis.dtype, basis.at(k, first), basis.stride[1], basis.stride[2], lanes, r, component);
     }
     for (int64_t a = 0; a < args.tasks.size; ++a) {
-      load_pair<T>(coeff.dtype, coeff.at(args.tasks[a], 0, first), coeff.stride[2], coeff.stride[1], lanes, p,
-                   {c[0] + 1, c[1] + 1});
-      for (int g = 0; g < groups; ++g) product(c[g], u[g], r, r, p + 1, sum[g]);
-      store_pair<T>(out.dtype, out.at(a, first), out.stride[1], out.stride[2], lanes, r, {sum[0], sum[1]});
+      load_block<T>(coeff.dtype, coeff.at(args.tasks[a], 0, first), coeff.stride[2], coeff.stride[1], lanes, p, c_rest);
+      for (int g = 0; g * kLanes<T> < lanes; ++g) product(c[g], u[g], apart, r, p + 1, sum[g]);
+      store_block<T>(out.dtype, out.at(a, first), out.stride[1], out.stride[2], lanes, r, sum);
     }
   }
 }

@@ -211,7 +211,7 @@ void load_tiles(const From* from, int64_t row_stride, int64_t rows, Vec<T>* cons
 }
 
 template <int N, class T, class To>
-void store_tiles(To* to, int64_t row_stride, int64_t rows, const Vec<T>* const* tiles) {
+void store_tiles(To* to, int64_t row_stride, int64_t rows, Vec<T>* const* tiles) {
   for (int64_t j = 0; j < rows; ++j, to += row_stride) {
     for (int g = 0; g < N; ++g) store_as<T>(to + g * kLanes<T>, tiles[g][j]);
   }
@@ -252,34 +252,41 @@ void load_tiles(Dtype dtype, const char* from, int64_t row_stride, int64_t rows,
 }
 
 template <int N, class T>
-void store_tiles(Dtype dtype, char* to, int64_t row_stride, int64_t rows, const Vec<T>* const* tiles) {
+void store_tiles(Dtype dtype, char* to, int64_t row_stride, int64_t rows, Vec<T>* const* tiles) {
   with_storage<T>(dtype, [&](auto e) { store_tiles<N, T>(reinterpret_cast<decltype(e)*>(to), row_stride, rows, tiles); });
 }
 
-// Two tiles side by side, of `lanes` positions in all, more than none. Where positions are dense a row's line is read, or
+// So many groups of positions are read and written side by side: of float and double, four cache lines of each dense row.
+constexpr int kBlock = 256 / kBytes;
+
+// N tiles side by side, of `lanes` positions in all, more than none. Where positions are dense a row's lines are read, or
 // written, at once: rows mostly lie a power of two apart, and then few of their lines are in the cache at the same time.
-template <class T>
-void load_pair(Dtype dtype, const char* from, int64_t lane_stride, int64_t row_stride, int64_t lanes, int64_t rows,
-               Vec<T>* const (&tiles)[2]) {
+template <class T, int N>
+void load_block(Dtype dtype, const char* from, int64_t lane_stride, int64_t row_stride, int64_t lanes, int64_t rows,
+                Vec<T>* const (&tiles)[N]) {
   constexpr int W = kLanes<T>;
-  if (lane_stride == 1 && lanes == 2 * W) return load_tiles<2, T>(dtype, from, row_stride, rows, tiles);
-  const int first = lanes < W ? static_cast<int>(lanes) : W;
-  load_tile<T>(dtype, from, lane_stride, row_stride, first, rows, tiles[0]);
-  if (lanes <= W) return;
-  from += W * lane_stride * element_size(dtype);
-  load_tile<T>(dtype, from, lane_stride, row_stride, static_cast<int>(lanes - W), rows, tiles[1]);
+  if (lane_stride == 1 && lanes == N * W) return load_tiles<N, T>(dtype, from, row_stride, rows, tiles);
+  for (int g = 0; g < N && lanes > 0; ++g, lanes -= W, from += W * lane_stride * element_size(dtype)) {
+    load_tile<T>(dtype, from, lane_stride, row_stride, lanes < W ? static_cast<int>(lanes) : W, rows, tiles[g]);
+  }
 }
 
-template <class T>
-void store_pair(Dtype dtype, char* to, int64_t lane_stride, int64_t row_stride, int64_t lanes, int64_t rows,
-                const Vec<T>* const (&tiles)[2]) {
+template <class T, int N>
+void store_block(Dtype dtype, char* to, int64_t lane_stride, int64_t row_stride, int64_t lanes, int64_t rows,
+                 Vec<T>* const (&tiles)[N]) {
   constexpr int W = kLanes<T>;
-  if (lane_stride == 1 && lanes == 2 * W) return store_tiles<2, T>(dtype, to, row_stride, rows, tiles);
-  const int first = lanes < W ? static_cast<int>(lanes) : W;
-  store_tile<T>(dtype, to, lane_stride, row_stride, first, rows, tiles[0]);
-  if (lanes <= W) return;
-  to += W * lane_stride * element_size(dtype);
-  store_tile<T>(dtype, to, lane_stride, row_stride, static_cast<int>(lanes - W), rows, tiles[1]);
+  if (lane_stride == 1 && lanes == N * W) return store_tiles<N, T>(dtype, to, row_stride, rows, tiles);
+  for (int g = 0; g < N && lanes > 0; ++g, lanes -= W, to += W * lane_stride * element_size(dtype)) {
+    store_tile<T>(dtype, to, lane_stride, row_stride, lanes < W ? static_cast<int>(lanes) : W, rows, tiles[g]);
+  }
+}
+
+// Positions of a block where what is kept of each takes `kept` vectors a group: all of kBlock groups, or, where that is too
+// much for the second-level cache and positions are not dense, fewer.
+template <class T>
+int64_t block_of(int64_t kept, bool dense) {
+  constexpr int64_t most = int64_t(1) << 18;
+  return (dense || kept * kBlock * kBytes <= most ? kBlock : 2) * kLanes<T>;
 }
 
 // The memory of `count` tiles, a view's stride[0] apart, whichever axis is dense, to be asked for in `shares` of about the same
