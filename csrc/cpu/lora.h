@@ -30,9 +30,9 @@ struct Chunk {
 
 // From how many tokens of a task on the restored form is the faster one. For every value of a factor and m tokens, the direct
 // form takes m (p + 1) products, the restored form p, a store, m loads and m products: widths, ranks and the number of tokens
-// cancel. Measured, so do the components: they share what is loaded in the direct form. `python -m benchmarks.serving forms`
+// cancel. Measured, so do the components: in both forms tasks share what is loaded of them. `python -m benchmarks.serving forms`
 // shows what the choice costs.
-constexpr int64_t kRestored = 3;
+constexpr int64_t kRestored = 2;
 
 namespace RMM_ISA {
 
@@ -244,6 +244,28 @@ inline Group group_at(const Chunk& chunk, int64_t first) {
   return {first, count < kLone ? count : kLone, false};
 }
 
+// The group at `first` and, where both are restored, the one after it: two tasks' factors are restored together.
+struct Groups {
+  Group group[2];
+  int count;
+
+  int64_t end() const { return group[count - 1].first + group[count - 1].count; }
+};
+
+inline Groups groups_at(const Chunk& chunk, int64_t first) {
+  const Group group = group_at(chunk, first);
+  const int64_t next = first + group.count;
+  if (!group.restored || next == chunk.count) return {{group, {}}, 1};
+  const Group other = group_at(chunk, next);
+  return {{group, other}, other.restored ? 2 : 1};
+}
+
+// Where a token's row begins that is needed later, to be asked for: token i's of the chunk, or, past its tokens, that of one of
+// the first, `count` positions on.
+inline const char* row_ahead(const View& rows, const Chunk& chunk, int64_t i, int64_t position, int64_t count) {
+  return i < chunk.count ? rows.at(chunk.order[i], position) : rows.at(chunk.order[i - chunk.count], position + count);
+}
+
 // ---- the basis
 
 // The basis [p+1, ranks, positions] over a segment, positions innermost, the rest by strides in elements.
@@ -308,9 +330,10 @@ void widen_coefficients(const View& coeff, int64_t task, int64_t position, int64
 
 // w[t][j] = basis[0][j] + Σ_k c_k ⊙ basis[k + 1][j] at a step of positions, for `Rows` ranks from `basis` on and the tasks of
 // `Tokens` tokens: what is loaded of the basis serves them all. c is [p, Tokens], rows of components `apart` values apart,
-// those of tokens kPiece.
+// those of tokens `between`.
 template <class E, int Tokens, int Rows>
-RMM_INLINE void restore(const Panel<E>& panel, const E* basis, int64_t p, const Sum<E>* c, int64_t apart, Wide<E> (*w)[Rows]) {
+RMM_INLINE void restore(const Panel<E>& panel, const E* basis, int64_t p, const Sum<E>* c, int64_t apart, int64_t between,
+                        Wide<E> (*w)[Rows]) {
 #pragma GCC unroll 4
   for (int j = 0; j < Rows; ++j) {
     w[0][j] = widen_step<E>(basis + j * panel.rank);
@@ -326,7 +349,7 @@ RMM_INLINE void restore(const Panel<E>& panel, const E* basis, int64_t p, const 
     for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 2
       for (int q = 0; q < kParts<E>; ++q) {
-        const Vec<Sum<E>> weight = load(c + t * kPiece + q * kLanes<Sum<E>>);
+        const Vec<Sum<E>> weight = load(c + t * between + q * kLanes<Sum<E>>);
 #pragma GCC unroll 4
         for (int j = 0; j < Rows; ++j) w[t][j].part[q] += weight * from[j].part[q];
       }

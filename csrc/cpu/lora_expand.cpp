@@ -26,9 +26,17 @@ RMM_INLINE Reg<E> fold(const Wide<E>* w, int part) {
 }
 
 // y[t] += Σ_j u[t][j] · w[j] at `Regs` registers of positions, for Tokens tokens; w is [ranks] rows, `apart` elements apart.
+// Meanwhile it asks for as much of `next`, the rows that are needed next.
 template <class E, int Tokens, int Regs>
-RMM_INLINE void expand_tile(const Held<E>* w, int64_t apart, int64_t ranks, const Held<E>* u, E* const* y, int64_t position) {
+RMM_INLINE void expand_tile(const Held<E>* w, int64_t apart, int64_t ranks, const Held<E>* u, E* const* y,
+                            const char* const* next, int64_t position) {
   constexpr int64_t held = kStep<E>;  // elements of a register
+  constexpr int64_t size = sizeof(E), bytes = Regs / kParts<E> * kStep<E> * size;
+#pragma GCC unroll 8
+  for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 8
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(next[t] + position * size + line, 1);
+  }
   Vec<Sum<E>> sum[Tokens][Regs] = {};
   for (int64_t j = 0; j < ranks; ++j) {
     Reg<E> row[Regs];
@@ -57,44 +65,51 @@ RMM_INLINE void expand_tile(const Held<E>* w, int64_t apart, int64_t ranks, cons
 // As expand_tile, for 1 to Tokens tokens and a segment of `steps` steps.
 template <class E, int Tokens>
 void expand_tokens(int64_t tokens, const Held<E>* w, int64_t apart, int64_t ranks, const Held<E>* u, E* const* y,
-                   int64_t steps) {
+                   const char* const* next, int64_t steps) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return expand_tokens<E, Tokens - 1>(tokens, w, apart, ranks, u, y, steps);
+    if (tokens < Tokens) return expand_tokens<E, Tokens - 1>(tokens, w, apart, ranks, u, y, next, steps);
   }
   constexpr int regs = 4, few = regs / kParts<E>;
   int64_t step = 0;
   for (; step + few <= steps; step += few) {
-    expand_tile<E, Tokens, regs>(w + step * kParts<E> * kStep<E>, apart, ranks, u, y, step * kStep<E>);
+    expand_tile<E, Tokens, regs>(w + step * kParts<E> * kStep<E>, apart, ranks, u, y, next, step * kStep<E>);
   }
   for (; step < steps; ++step) {
-    expand_tile<E, Tokens, kParts<E>>(w + step * kParts<E> * kStep<E>, apart, ranks, u, y, step * kStep<E>);
+    expand_tile<E, Tokens, kParts<E>>(w + step * kParts<E> * kStep<E>, apart, ranks, u, y, next, step * kStep<E>);
   }
 }
 
-// Rows of a task over a segment: [ranks / kParts] rows, `apart` elements apart; c [p], a segment apart.
-template <class E, int Rows>
-void expand_rows(const Panel<E>& panel, int64_t rank, int64_t p, const Sum<E>* c, int64_t steps, Held<E>* to, int64_t apart) {
+// Rows of one or two tasks over a segment: [Tasks, ranks / kParts], rows `apart` elements apart and tasks `factor`; c
+// [Tasks, p], a segment apart.
+template <class E, int Tasks, int Rows>
+void expand_rows(const Panel<E>& panel, int64_t rank, int64_t p, const Sum<E>* c, int64_t steps, Held<E>* to, int64_t apart,
+                 int64_t factor) {
+  const int64_t width = steps * kStep<E>;
   to += rank / kParts<E> * apart;
   for (int64_t step = 0; step < steps; ++step) {
-    Wide<E> w[1][Rows];
-    restore<E, 1, Rows>(panel, panel.at(rank) + step * kStep<E>, p, c + step * kStep<E>, steps * kStep<E>, w);
-#pragma GCC unroll 4
-    for (int j = 0; j < (Rows + kParts<E> - 1) / kParts<E>; ++j) {
+    Wide<E> w[Tasks][Rows];
+    restore<E, Tasks, Rows>(panel, panel.at(rank) + step * kStep<E>, p, c + step * kStep<E>, width, p * width, w);
 #pragma GCC unroll 2
-      for (int q = 0; q < kParts<E>; ++q) {
-        store_held<E>(to + j * apart + (step * kParts<E> + q) * kStep<E>, fold < E,
-                      Rows<kParts<E> ? 1 : 2>(w[0] + j * kParts<E>, q));
+    for (int t = 0; t < Tasks; ++t) {
+#pragma GCC unroll 4
+      for (int j = 0; j < (Rows + kParts<E> - 1) / kParts<E>; ++j) {
+#pragma GCC unroll 2
+        for (int q = 0; q < kParts<E>; ++q) {
+          store_held<E>(to + t * factor + j * apart + (step * kParts<E> + q) * kStep<E>, fold < E,
+                        Rows<kParts<E> ? 1 : 2>(w[t] + j * kParts<E>, q));
+        }
       }
     }
   }
 }
 
-template <class E>
-void expand_factor(const Panel<E>& panel, int64_t r, int64_t p, const Sum<E>* c, int64_t steps, Held<E>* to, int64_t apart) {
+template <class E, int Tasks>
+void expand_factors(const Panel<E>& panel, int64_t r, int64_t p, const Sum<E>* c, int64_t steps, Held<E>* to, int64_t apart,
+                    int64_t factor) {
   int64_t j = 0;
-  for (; j + 4 <= r; j += 4) expand_rows<E, 4>(panel, j, p, c, steps, to, apart);
-  for (; j + kParts<E> <= r; j += kParts<E>) expand_rows<E, kParts<E>>(panel, j, p, c, steps, to, apart);
-  for (; j < r; ++j) expand_rows<E, 1>(panel, j, p, c, steps, to, apart);
+  for (; j + 4 <= r; j += 4) expand_rows<E, Tasks, 4>(panel, j, p, c, steps, to, apart, factor);
+  for (; j + kParts<E> <= r; j += kParts<E>) expand_rows<E, Tasks, kParts<E>>(panel, j, p, c, steps, to, apart, factor);
+  for (; j < r; ++j) expand_rows<E, Tasks, 1>(panel, j, p, c, steps, to, apart, factor);
 }
 
 // What kLone tokens need of a piece whose tasks are restored in registers.
@@ -116,7 +131,7 @@ void expand_abreast(const Panel<E>& panel, const E* basis, int64_t p, const Lone
   u += token * kParts<E>;
   for (int64_t step = 0; step < lone.steps; ++step, basis += kStep<E>, c += kStep<E>, sums += kStep<E>) {
     Wide<E> w[Tokens][Rows];
-    restore<E, Tokens, Rows>(panel, basis, p, c, kLone * kPiece, w);
+    restore<E, Tokens, Rows>(panel, basis, p, c, kLone * kPiece, kPiece, w);
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 2
@@ -176,13 +191,13 @@ void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int
   const int64_t segment = width < kSegment<E> ? width : kSegment<E>, most = padded(segment, kStep<E>);
   const int64_t apart_e = apart<E>(segment, size), apart_held = apart<E>(most * kParts<E>, sizeof(Held<E>));
   Room room(Room::bytes<E>((p + 1) * r * apart_e) + Room::bytes<E>(kTokens * apart_e) +
-            Room::bytes<Held<E>>(ranks * apart_held) + Room::bytes<T>(p * most) + Room::bytes<T>(p * kLone * kPiece) +
+            Room::bytes<Held<E>>(2 * ranks * apart_held) + Room::bytes<T>(2 * p * most) + Room::bytes<T>(p * kLone * kPiece) +
             Room::bytes<T>(kLone * kPiece) + Room::bytes<Held<E>>(kLone * ranks * kParts<E>) +
             Room::bytes<T>(padded(r, kLanes<T>)) + Room::bytes<Held<E>>(chunk.count * ranks * kParts<E>));
   E* const packed = room.take<E>((p + 1) * r * apart_e);
   E* const copies = room.take<E>(kTokens * apart_e);
-  Held<E>* const factor = room.take<Held<E>>(ranks * apart_held);
-  T* const weights = room.take<T>(p * most);
+  Held<E>* const factors = room.take<Held<E>>(2 * ranks * apart_held);
+  T* const weights = room.take<T>(2 * p * most);
   T* const lone_c = room.take<T>(p * kLone * kPiece);
   T* const lone_sums = room.take<T>(kLone * kPiece);
   Held<E>* const lone_u = room.take<Held<E>>(kLone * ranks * kParts<E>);
@@ -194,25 +209,36 @@ void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int
     const int64_t count = end - position < segment ? end - position : segment;
     const int64_t steps = padded(count, kStep<E>) / kStep<E>;
     const Panel<E> panel = panel_of<E>(basis, 2, 1, 0, r, position, count, packed);
-    Group group;
-    for (int64_t i = 0; i < chunk.count; i += group.count) {
-      group = group_at(chunk, i);
-      if (group.restored) {
-        widen_coefficients<E>(coeff, chunk.tasks[i], position, count, copies, weights, steps * kStep<E>);
-        expand_factor<E>(panel, r, p, weights, steps, factor, apart_held);
-        int64_t tokens;
-        for (int64_t first = i; first < i + group.count; first += tokens) {
-          tokens = i + group.count - first < kTokens ? i + group.count - first : kTokens;
-          E* rows[kTokens];
-          for (int64_t t = 0; t < tokens; ++t) {
-            char* const at = y.at(chunk.order[first + t], position);
-            rows[t] = const_cast<E*>(row_of<E>(at, y.stride[1], count, copies + t * apart_e));
-          }
-          expand_tokens<E, kTokens>(tokens, factor, apart_held, ranks, u + first * ranks * kParts<E>, rows, steps);
-          for (int64_t t = 0; t < tokens; ++t) {
-            if (rows[t] == copies + t * apart_e) put_row(rows[t], y.at(chunk.order[first + t], position), y.stride[1], count);
-          }
+    const auto add_run = [&](const Group& run, const Held<E>* factor) {
+      int64_t tokens;
+      for (int64_t i = run.first; i < run.first + run.count; i += tokens) {
+        tokens = run.first + run.count - i < kTokens ? run.first + run.count - i : kTokens;
+        E* rows[kTokens];
+        const char* next[kTokens];
+        for (int64_t t = 0; t < tokens; ++t) {
+          char* const at = y.at(chunk.order[i + t], position);
+          rows[t] = const_cast<E*>(row_of<E>(at, y.stride[1], count, copies + t * apart_e));
+          next[t] = row_ahead(y, chunk, i + tokens + t, position, count);
         }
+        expand_tokens<E, kTokens>(tokens, factor, apart_held, ranks, u + i * ranks * kParts<E>, rows, next, steps);
+        for (int64_t t = 0; t < tokens; ++t) {
+          if (rows[t] == copies + t * apart_e) put_row(rows[t], y.at(chunk.order[i + t], position), y.stride[1], count);
+        }
+      }
+    };
+    Groups now;
+    for (int64_t i = 0; i < chunk.count; i = now.end()) {
+      now = groups_at(chunk, i);
+      const Group& group = now.group[0];
+      if (group.restored) {
+        const int64_t width = steps * kStep<E>, factor = ranks * apart_held;
+        for (int t = 0; t < now.count; ++t) {
+          const int64_t task = chunk.tasks[now.group[t].first];
+          widen_coefficients<E>(coeff, task, position, count, copies, weights + t * p * width, width);
+        }
+        now.count == 2 ? expand_factors<E, 2>(panel, r, p, weights, steps, factors, apart_held, factor)
+                       : expand_factors<E, 1>(panel, r, p, weights, steps, factors, apart_held, factor);
+        for (int t = 0; t < now.count; ++t) add_run(now.group[t], factors + t * factor);
         continue;
       }
       for (int64_t j = 0; j < ranks; ++j) {
@@ -279,7 +305,7 @@ void run_expand(const TokenPlan& plan, const View& y, const View& u, const View&
   constexpr int64_t least = 64;  // positions; whole steps of every dtype
   const int64_t r = basis_b.size[2], width = y.size[1], pieces = (width + least - 1) / least, chunks = plan.chunks();
   const int64_t work = static_cast<int64_t>(plan.order.size()) * r * width;
-  const int64_t parts = work < 32768 ? 1 : parts_of(chunks, pieces, pieces / 4), units = chunks * parts;
+  const int64_t parts = work < 32768 ? 1 : parts_of(chunks, pieces, std::min(pieces / 4, work / 32768)), units = chunks * parts;
   const auto kernel = RMM_KERNEL_BF16(lora_expand);
   parallel_shares(units, work < 32768 ? units : 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {

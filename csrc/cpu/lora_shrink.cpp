@@ -50,34 +50,49 @@ RMM_INLINE void shrink_tile(const Held<E>* w, int64_t apart, const Held<E>* cons
   }
 }
 
-// As shrink_tile, for 1 to Tokens tokens and any number of ranks; sums [fours of ranks, Tokens, 4], `fours` apart.
+// As shrink_tile, for 1 to Tokens tokens and any number of ranks; sums [fours of ranks, Tokens, 4], `fours` apart. Meanwhile, a
+// share for every four ranks, it asks for `bytes` of `next`, the rows that are needed next: many requests at once would be
+// waited for.
 template <class E, int Tokens>
-void shrink_tokens(int64_t tokens, const Held<E>* w, int64_t apart, const Held<E>* const* x, int64_t steps, int64_t r,
-                   Vec<Sum<E>>* sums, int64_t fours) {
+void shrink_tokens(int64_t tokens, const Held<E>* w, int64_t apart, const Held<E>* const* x, const char* const* next,
+                   int64_t bytes, int64_t steps, int64_t r, Vec<Sum<E>>* sums, int64_t fours) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return shrink_tokens<E, Tokens - 1>(tokens, w, apart, x, steps, r, sums, fours);
+    if (tokens < Tokens) return shrink_tokens<E, Tokens - 1>(tokens, w, apart, x, next, bytes, steps, r, sums, fours);
   }
-  int64_t j = 0;
-  for (; j + 4 <= r; j += 4, sums += fours) shrink_tile<E, Tokens, 4>(w + j * apart, apart, x, steps, sums);
+  int64_t j = 0, asked = 0;
+  for (; j + 4 <= r; j += 4, sums += fours) {
+    for (const int64_t share = bytes * (j + 4) / r; asked < share; asked += 64) {
+#pragma GCC unroll 8
+      for (int t = 0; t < Tokens; ++t) __builtin_prefetch(next[t] + asked);
+    }
+    shrink_tile<E, Tokens, 4>(w + j * apart, apart, x, steps, sums);
+  }
   for (; j < r; ++j, ++sums) shrink_tile<E, Tokens, 1>(w + j * apart, apart, x, steps, sums);
 }
 
-// The rows of a task over a segment, `apart` elements apart; c [p], a segment apart.
-template <class E, int Rows>
-void shrink_rows(const Panel<E>& panel, int64_t rank, int64_t p, const Sum<E>* c, int64_t steps, Held<E>* to, int64_t apart) {
-  for (int64_t at = 0; at < steps * kStep<E>; at += kStep<E>) {
-    Wide<E> w[1][Rows];
-    restore<E, 1, Rows>(panel, panel.at(rank) + at, p, c + at, steps * kStep<E>, w);
+// The rows of one or two tasks over a segment, [Tasks, r], rows `apart` elements apart and tasks `factor`; c [Tasks, p], a
+// segment apart.
+template <class E, int Tasks, int Rows>
+void shrink_rows(const Panel<E>& panel, int64_t rank, int64_t p, const Sum<E>* c, int64_t steps, Held<E>* to, int64_t apart,
+                 int64_t factor) {
+  const int64_t width = steps * kStep<E>;
+  for (int64_t at = 0; at < width; at += kStep<E>) {
+    Wide<E> w[Tasks][Rows];
+    restore<E, Tasks, Rows>(panel, panel.at(rank) + at, p, c + at, width, p * width, w);
+#pragma GCC unroll 2
+    for (int t = 0; t < Tasks; ++t) {
 #pragma GCC unroll 4
-    for (int j = 0; j < Rows; ++j) store_held<E>(to + (rank + j) * apart + at, fold<E>(w[0][j]));
+      for (int j = 0; j < Rows; ++j) store_held<E>(to + t * factor + (rank + j) * apart + at, fold<E>(w[t][j]));
+    }
   }
 }
 
-template <class E>
-void shrink_factor(const Panel<E>& panel, int64_t r, int64_t p, const Sum<E>* c, int64_t steps, Held<E>* to, int64_t apart) {
+template <class E, int Tasks>
+void shrink_factors(const Panel<E>& panel, int64_t r, int64_t p, const Sum<E>* c, int64_t steps, Held<E>* to, int64_t apart,
+                    int64_t factor) {
   int64_t j = 0;
-  for (; j + 4 <= r; j += 4) shrink_rows<E, 4>(panel, j, p, c, steps, to, apart);
-  for (; j < r; ++j) shrink_rows<E, 1>(panel, j, p, c, steps, to, apart);
+  for (; j + 4 <= r; j += 4) shrink_rows<E, Tasks, 4>(panel, j, p, c, steps, to, apart, factor);
+  for (; j < r; ++j) shrink_rows<E, Tasks, 1>(panel, j, p, c, steps, to, apart, factor);
 }
 
 // What kLone tokens need of a piece whose tasks are restored in registers.
@@ -99,7 +114,7 @@ void shrink_abreast(const Panel<E>& panel, const E* basis, int64_t p, const Lone
   for (int64_t step = 0; step < lone.steps; ++step, basis += kStep<E>, c += kStep<E>, x += kStep<E>) {
     asm("" : "+r"(sums));  // else GCC keeps an address for each, in memory
     Wide<E> w[Tokens][Rows];
-    restore<E, Tokens, Rows>(panel, basis, p, c, kLone * kPiece, w);
+    restore<E, Tokens, Rows>(panel, basis, p, c, kLone * kPiece, kPiece, w);
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
       const Reg<E> xt = load_held<E>(x + t * kPiece);
@@ -142,15 +157,16 @@ void shrink_chunk(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int
   const int64_t segment = width < kSegment<E> ? width : kSegment<E>, most = padded(segment, kStep<E>);
   const int64_t apart_e = apart<E>(segment, size), apart_held = apart<E>(segment, sizeof(Held<E>));
   const int64_t fours = chunk.count * 4, all = (r + 3) / 4 * fours;  // sums [fours of ranks, tokens, 4]
-  Room room(Room::bytes<E>((p + 1) * r * apart_e) + Room::bytes<E>(kTokens * apart_e) + Room::bytes<Held<E>>(r * apart_held) +
-            Room::bytes<Held<E>>(kTokens * apart_held) + Room::bytes<Held<E>>(kLone * kPiece) + Room::bytes<T>(p * most) +
-            Room::bytes<T>(p * kLone * kPiece) + Room::bytes<Vec<T>>(all) + Room::bytes<T>(all));
+  Room room(Room::bytes<E>((p + 1) * r * apart_e) + Room::bytes<E>(kTokens * apart_e) +
+            Room::bytes<Held<E>>(2 * r * apart_held) + Room::bytes<Held<E>>(kTokens * apart_held) +
+            Room::bytes<Held<E>>(kLone * kPiece) + Room::bytes<T>(2 * p * most) + Room::bytes<T>(p * kLone * kPiece) +
+            Room::bytes<Vec<T>>(all) + Room::bytes<T>(all));
   E* const packed = room.take<E>((p + 1) * r * apart_e);
   E* const copies = room.take<E>(kTokens * apart_e);
-  Held<E>* const factor = room.take<Held<E>>(r * apart_held);
+  Held<E>* const factors = room.take<Held<E>>(2 * r * apart_held);
   Held<E>* const helds = room.take<Held<E>>(kTokens * apart_held);
   Held<E>* const lone_x = room.take<Held<E>>(kLone * kPiece);
-  T* const weights = room.take<T>(p * most);
+  T* const weights = room.take<T>(2 * p * most);
   T* const lone_c = room.take<T>(p * kLone * kPiece);
   Vec<T>* const sums = room.take<Vec<T>>(all);
   T* const u = room.take<T>(all);
@@ -160,22 +176,33 @@ void shrink_chunk(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int
     const int64_t count = width - position < segment ? width - position : segment;
     const int64_t steps = padded(count, kStep<E>) / kStep<E>;
     const Panel<E> panel = panel_of<E>(basis, 1, 2, begin, r, position, count, packed);
-    Group group;
-    for (int64_t i = 0; i < chunk.count; i += group.count) {
-      group = group_at(chunk, i);
-      if (group.restored) {
-        widen_coefficients<E>(coeff, chunk.tasks[i], position, count, copies, weights, steps * kStep<E>);
-        shrink_factor<E>(panel, r, p, weights, steps, factor, apart_held);
-        int64_t tokens;
-        for (int64_t first = i; first < i + group.count; first += tokens) {
-          tokens = i + group.count - first < kTokens ? i + group.count - first : kTokens;
-          const Held<E>* rows[kTokens];
-          for (int64_t t = 0; t < tokens; ++t) {
-            rows[t] = held_row<E>(x.at(chunk.order[first + t], position), x.stride[1], count, copies + t * apart_e,
-                                  helds + t * apart_held);
-          }
-          shrink_tokens<E, kTokens>(tokens, factor, apart_held, rows, steps, r, sums + first * 4, fours);
+    const auto add_run = [&](const Group& run, const Held<E>* factor) {
+      int64_t tokens;
+      for (int64_t i = run.first; i < run.first + run.count; i += tokens) {
+        tokens = run.first + run.count - i < kTokens ? run.first + run.count - i : kTokens;
+        const Held<E>* rows[kTokens];
+        const char* next[kTokens];
+        for (int64_t t = 0; t < tokens; ++t) {
+          rows[t] =
+              held_row<E>(x.at(chunk.order[i + t], position), x.stride[1], count, copies + t * apart_e, helds + t * apart_held);
+          next[t] = row_ahead(x, chunk, i + tokens + t, position, count);
         }
+        shrink_tokens<E, kTokens>(tokens, factor, apart_held, rows, next, count * size, steps, r, sums + i * 4, fours);
+      }
+    };
+    Groups now;
+    for (int64_t i = 0; i < chunk.count; i = now.end()) {
+      now = groups_at(chunk, i);
+      const Group& group = now.group[0];
+      if (group.restored) {
+        const int64_t width = steps * kStep<E>, factor = r * apart_held;
+        for (int t = 0; t < now.count; ++t) {
+          const int64_t task = chunk.tasks[now.group[t].first];
+          widen_coefficients<E>(coeff, task, position, count, copies, weights + t * p * width, width);
+        }
+        now.count == 2 ? shrink_factors<E, 2>(panel, r, p, weights, steps, factors, apart_held, factor)
+                       : shrink_factors<E, 1>(panel, r, p, weights, steps, factors, apart_held, factor);
+        for (int t = 0; t < now.count; ++t) add_run(now.group[t], factors + t * factor);
         continue;
       }
       for (int64_t at = 0; at < count; at += kPiece) {
