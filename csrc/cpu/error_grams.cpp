@@ -56,14 +56,16 @@ class ErrorGrams {
         r_(args.x.size[2]),
         p_(args.coeff.size[1]),
         tile_sums_(tile_sums(r_)),
-        scratch_(kChunk * (p_ + 1) * r_ + 2 * r_ * kRow + (kBlock + 1) * r_ + p_ + 1 + args.tasks * tile_sums_),
+        scratch_(kChunk * (p_ + 1) * r_ + 2 * r_ * kRow + (kBlock + 1) * r_ + kBlock * (p_ + 1) + args.tasks * tile_sums_),
         basis_(scratch_.take(kChunk * (p_ + 1) * r_)),
         both_(scratch_.take(2 * r_ * kRow)),
         restored_(scratch_.take(r_)),
-        c_(scratch_.take(p_ + 1)),
         sums_(scratch_.take(args.tasks * tile_sums_)) {
-    for (Vec<T>*& x : x_) x = scratch_.take(r_);
-    c_[0] = splat<T>(1);  // of the mean
+    for (int g = 0; g < kBlock; ++g) {
+      x_[g] = scratch_.take(r_);
+      c_[g] = scratch_.take(p_ + 1);
+      c_[g][0] = splat<T>(1);  // of the mean
+    }
   }
 
   void unit(int64_t index) {
@@ -115,12 +117,16 @@ class ErrorGrams {
   // both_ [2r][kRow]: e, then x̂ as it would be stored, of one task; 0 where there is no position.
   void restore(int64_t task, int64_t first, int64_t count) {
     const View &x = args_.x, &coeff = args_.coeff;
+    Vec<T>* coefficients[kBlock];
+    for (int g = 0; g < kBlock; ++g) coefficients[g] = c_[g] + 1;
     for (int64_t v = 0; v < count; ++v) {
-      const int64_t at = first + v * kLanes<T>;
-      if (v % kBlock == 0) load_block<T>(x.dtype, x.at(task, at), x.stride[1], x.stride[2], lanes(at, kBlock), r_, x_);
-      load_tile<T>(coeff.dtype, coeff.at(task, 0, at), coeff.stride[2], coeff.stride[1], static_cast<int>(lanes(at, 1)), p_,
-                   c_ + 1);
-      product(c_, basis_ + v * (p_ + 1) * r_, r_, r_, p_ + 1, restored_);
+      const int g = v % kBlock;
+      if (g == 0) {
+        const int64_t at = first + v * kLanes<T>, some = lanes(at, kBlock);
+        load_block<T>(x.dtype, x.at(task, at), x.stride[1], x.stride[2], some, r_, x_);
+        load_block<T>(coeff.dtype, coeff.at(task, 0, at), coeff.stride[2], coeff.stride[1], some, p_, coefficients);
+      }
+      product(c_[g], basis_ + v * (p_ + 1) * r_, r_, r_, p_ + 1, restored_);
       if (element_size(args_.basis.dtype) < 4) {
         for (int64_t j = 0; j < r_; ++j) restored_[j] = as_stored<T>(args_.basis.dtype, restored_[j]);
       }
@@ -128,7 +134,7 @@ class ErrorGrams {
 #pragma GCC unroll 4
       for (int64_t j = 0; j < r_; ++j) {
         const Vec<T> value = restored_[j];
-        error[j * kRow] = x_[v % kBlock][j] - value;
+        error[j * kRow] = x_[g][j] - value;
         restored[j * kRow] = value;
       }
     }
@@ -166,8 +172,8 @@ class ErrorGrams {
   const int64_t tile_sums_;
   Scratch<Vec<T>> scratch_;
   Vec<T>*const basis_, *const both_;
-  Vec<T>* x_[kBlock];  // of a block
-  Vec<T>*const restored_, *const c_, *const sums_;
+  Vec<T>*x_[kBlock], *c_[kBlock];  // of a block
+  Vec<T>*const restored_, *const sums_;
 };
 
 template <class T>
@@ -194,7 +200,7 @@ namespace rmm {
 
 namespace {
 
-constexpr int64_t kUnits = 16;                        // enough for many threads to share
+constexpr int64_t kSpans = 16;                        // whatever the number of threads, which no sum depends on
 constexpr int64_t kShortest = 1024, kLongest = 4096;  // positions of a span
 constexpr int64_t kRanks = 4096;  // r² of the tasks taken together: their sums stay in a core's second-level cache
 
@@ -205,23 +211,24 @@ void add(const T* sums, std::vector<double>& total) {
   for (size_t i = 0; i < total.size(); ++i) total[i] += sums[i];
 }
 
-// A task's sums, to where they belong: eᵀe, eᵀx̂ and x̂ᵀx̂ [r, r], `part` apart.
-void place(const double* sums, int64_t r, double* out, int64_t part) {
-  RMM_ISA::each_tile(r, [&](int64_t row, auto rows, int64_t column, auto columns, int64_t first) {
-    for (int i = 0; i < rows * columns; ++i) {
-      const int64_t a = row + i / columns, b = column + i % columns;
-      if (b > a) continue;
-      const double sum = sums[first + i];
-      if (a < r) {
-        out[a * r + b] = out[b * r + a] = sum;
-      } else if (b < r) {
-        out[part + b * r + a - r] = sum;
-      } else {
-        double* const last = out + 2 * part;
-        last[(a - r) * r + b - r] = last[(b - r) * r + a - r] = sum;
-      }
+// A task's sums, to where they belong: eᵀe, eᵀx̂ and x̂ᵀx̂ [r, r], `part` apart. `both`, room for [2r, 2r], has their lower half.
+void place(const double* sums, int64_t r, std::vector<double>& both, double* out, int64_t part) {
+  const int64_t row = 2 * r;
+  RMM_ISA::each_tile(r, [&](int64_t top, auto rows, int64_t left, auto columns, int64_t first) {
+    double* const tile = both.data() + top * row + left;
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < columns; ++j) tile[i * row + j] = sums[first + i * columns + j];
     }
   });
+  double *const ee = out, *const ex = out + part, *const xx = out + 2 * part;
+  for (int64_t i = 0; i < r; ++i) {
+    const double *const upper = both.data() + i * row, *const lower = both.data() + (r + i) * row;
+    for (int64_t j = 0; j <= i; ++j) {
+      ee[i * r + j] = ee[j * r + i] = upper[j];
+      xx[i * r + j] = xx[j * r + i] = lower[r + j];
+    }
+    for (int64_t j = 0; j < r; ++j) ex[j * r + i] = lower[j];
+  }
 }
 
 }  // namespace
@@ -235,15 +242,16 @@ Tensor error_grams_op(Tensor x, Tensor basis, Tensor coeff) {
   Tensor out = torch::stable::new_zeros(x, {3, n, r, r}, ScalarType::Double);
   if (n == 0 || positions == 0 || r == 0) return out;
   const int64_t together = std::clamp<int64_t>(kRanks / (r * r), 1, n);
-  const int64_t span = std::clamp(ceil_div(positions, ceil_div(kUnits * together, n)), kShortest, kLongest) / 64 * 64;
-  const int64_t spans = ceil_div(positions, span), tasks = std::clamp<int64_t>(n * spans / kUnits, 1, together);
+  const int64_t span = std::clamp(ceil_div(positions, ceil_div(kSpans * together, n)), kShortest, kLongest) / 64 * 64;
+  const int64_t threads = torch::stable::get_num_threads(), wanted = threads > 1 ? 2 * threads : 1;  // units
+  const int64_t spans = ceil_div(positions, span), tasks = std::clamp<int64_t>(n * spans / wanted, 1, together);
   const int64_t each = RMM_ISA::tile_sums(r);
   Tensor sums = torch::stable::new_empty(x, {spans, n, each}, accumulator(x));
   const ErrorGramsArgs args{in, on, of, sums.data_ptr(), span, tasks};
   const auto kernel = RMM_KERNEL(error_grams);
   const int64_t units = spans * ceil_div(n, tasks);
   parallel_shares(units, 1, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  std::vector<double> total(each);
+  std::vector<double> total(each), both(4 * r * r);
   for (int64_t i = 0; i < n; ++i) {
     std::fill(total.begin(), total.end(), 0);
     for (int64_t s = 0; s < spans; ++s) {
@@ -251,7 +259,7 @@ Tensor error_grams_op(Tensor x, Tensor basis, Tensor coeff) {
       in.dtype == Dtype::f64 ? add(static_cast<const double*>(args.sums) + first, total)
                              : add(static_cast<const float*>(args.sums) + first, total);
     }
-    place(total.data(), r, static_cast<double*>(out.data_ptr()) + i * r * r, n * r * r);
+    place(total.data(), r, both, static_cast<double*>(out.data_ptr()) + i * r * r, n * r * r);
   }
   return out;
 }
