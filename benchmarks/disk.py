@@ -43,7 +43,7 @@ _SCRIPT = {
 # By contender and phase, what is timed; a phase within another is not counted twice.
 PHASES: dict[str, dict[str, list[tuple[Any, str]]]] = {
     OURS: {
-        "read": [(adapters.Adapter, "read_factor")],
+        "read": [(adapters.Adapter, "expect"), (adapters.Adapter, "read_factor")],
         "stack": [(adapters.FactorStack, "fill")],
         "compress": [(sys.modules["rmm_kernels.merge"], "compress")],
         "errors": [(delta, "restored_grams"), (delta, "squares")],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def _cut(grams: Tensor, ranks: Sequence[int]) -> Tensor:
 
 def _safe(grams: Tensor) -> bool:
     low, high = _SAFE
-    return all(low < norm < high for norm in grams[2].diagonal(dim1=1, dim2=2).sum(1).tolist())  # no NaN is
+    return all(low < norm < high for norm in np.einsum("nii->n", grams[2].numpy()).tolist())  # no NaN is
 
 
 def squares(a: Tensor, b: Tensor, scaling: Sequence[float]) -> list[tuple[float, float]]:
@@ -76,11 +77,12 @@ def squares(a: Tensor, b: Tensor, scaling: Sequence[float]) -> list[tuple[float,
         b: `grams` of lora_b, its output rows being the positions: Dᵀ D, Dᵀ B̂, B̂ᵀ B̂.
         scaling: of each task.
     """
-    ee, ea_hat, aa_hat = a.unbind()
+    ee, ea_hat, aa_hat = a.numpy()  # so small that torch would spend its time on calling
+    dd, db_hat, bb_hat = b.numpy()
     ea = ee + ea_hat  # E Aᵀ
-    aa = ea + ea_hat.mT + aa_hat
-    bb = b[0] + b[1] + b[1].mT + b[2]
-    error = (b * torch.stack([aa, 2 * ea.mT, ee])).sum((0, 2, 3)).tolist()
+    aa = ea + ea_hat.swapaxes(1, 2) + aa_hat
+    bb = dd + db_hat + db_hat.swapaxes(1, 2) + bb_hat
+    error = (dd * aa + 2 * db_hat * ea.swapaxes(1, 2) + bb_hat * ee).sum((1, 2)).tolist()
     norm = (aa * bb).sum((1, 2)).tolist()
     return [(max(e, 0.0) * s * s, m * s * s) for e, m, s in zip(error, norm, scaling, strict=True)]
 
