@@ -195,10 +195,10 @@ void shrink_chunk(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int
       now = groups_at(chunk, i);
       const Group& group = now.group[0];
       if (group.restored) {
-        const int64_t row = steps * kStep<E>, factor = r * apart_held;
+        const int64_t values = steps * kStep<E>, factor = r * apart_held;
         for (int t = 0; t < now.count; ++t) {
           const int64_t task = chunk.tasks[now.group[t].first];
-          widen_coefficients<E>(coeff, task, position, count, copies, weights + t * p * row, row);
+          widen_coefficients<E>(coeff, task, position, count, copies, weights + t * p * values, values);
         }
         now.count == 2 ? shrink_factors<E, 2>(panel, r, p, weights, steps, factors, apart_held, factor)
                        : shrink_factors<E, 1>(panel, r, p, weights, steps, factors, apart_held, factor);
