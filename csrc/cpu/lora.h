@@ -30,8 +30,8 @@ struct Chunk {
 
 // From how many tokens of a task on the restored form is the faster one. For every value of a factor and m tokens, the direct
 // form takes m (p + 1) products, the restored form p, a store, m loads and m products: widths, ranks and the number of tokens
-// cancel. Measured, so do the components: in both forms tasks share what is loaded of them. `python -m benchmarks.serving forms`
-// shows what the choice costs.
+// cancel. Measured, so do the components: in both forms tasks share what is loaded of them.
+// `python -m benchmarks.serving forms` shows what the choice costs.
 constexpr int64_t kRestored = 2;
 
 namespace RMM_ISA {
