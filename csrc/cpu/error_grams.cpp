@@ -211,24 +211,23 @@ void add(const T* sums, std::vector<double>& total) {
   for (size_t i = 0; i < total.size(); ++i) total[i] += sums[i];
 }
 
-// A task's sums, to where they belong: eᵀe, eᵀx̂ and x̂ᵀx̂ [r, r], `part` apart. `both`, room for [2r, 2r], has their lower half.
-void place(const double* sums, int64_t r, std::vector<double>& both, double* out, int64_t part) {
-  const int64_t row = 2 * r;
-  RMM_ISA::each_tile(r, [&](int64_t top, auto rows, int64_t left, auto columns, int64_t first) {
-    double* const tile = both.data() + top * row + left;
-    for (int i = 0; i < rows; ++i) {
-      for (int j = 0; j < columns; ++j) tile[i * row + j] = sums[first + i * columns + j];
+// A task's sums, to where they belong: eᵀe, eᵀx̂ and x̂ᵀx̂ [r, r], `part` apart.
+void place(const double* sums, int64_t r, double* out, int64_t part) {
+  RMM_ISA::each_tile(r, [&](int64_t row, auto rows, int64_t column, auto columns, int64_t first) {
+    for (int i = 0; i < rows * columns; ++i) {
+      const int64_t a = row + i / columns, b = column + i % columns;
+      if (b > a) continue;
+      const double sum = sums[first + i];
+      if (a < r) {
+        out[a * r + b] = out[b * r + a] = sum;
+      } else if (b < r) {
+        out[part + b * r + a - r] = sum;
+      } else {
+        double* const last = out + 2 * part;
+        last[(a - r) * r + b - r] = last[(b - r) * r + a - r] = sum;
+      }
     }
   });
-  double *const ee = out, *const ex = out + part, *const xx = out + 2 * part;
-  for (int64_t i = 0; i < r; ++i) {
-    const double *const upper = both.data() + i * row, *const lower = both.data() + (r + i) * row;
-    for (int64_t j = 0; j <= i; ++j) {
-      ee[i * r + j] = ee[j * r + i] = upper[j];
-      xx[i * r + j] = xx[j * r + i] = lower[r + j];
-    }
-    for (int64_t j = 0; j < r; ++j) ex[j * r + i] = lower[j];
-  }
 }
 
 }  // namespace
@@ -251,7 +250,7 @@ Tensor error_grams_op(Tensor x, Tensor basis, Tensor coeff) {
   const auto kernel = RMM_KERNEL(error_grams);
   const int64_t units = spans * ceil_div(n, tasks);
   parallel_shares(units, 1, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  std::vector<double> total(each), both(4 * r * r);
+  std::vector<double> total(each);
   for (int64_t i = 0; i < n; ++i) {
     std::fill(total.begin(), total.end(), 0);
     for (int64_t s = 0; s < spans; ++s) {
@@ -259,7 +258,7 @@ Tensor error_grams_op(Tensor x, Tensor basis, Tensor coeff) {
       in.dtype == Dtype::f64 ? add(static_cast<const double*>(args.sums) + first, total)
                              : add(static_cast<const float*>(args.sums) + first, total);
     }
-    place(total.data(), r, both, static_cast<double*>(out.data_ptr()) + i * r * r, n * r * r);
+    place(total.data(), r, static_cast<double*>(out.data_ptr()) + i * r * r, n * r * r);
   }
   return out;
 }
