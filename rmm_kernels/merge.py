@@ -234,7 +234,7 @@ def merge(
 ) -> MergedAdapters:
     """Merge adapters into a mean, p components and each task's coefficients, module by module.
 
-    Besides the result, no more than one factor of one module is held at a time; with `output`, no more than one module of
+    Besides the result, no more than one factor of one module is held at a time; with `output`, no more than two modules of
     the result. What tasks carry unchanged stays in the adapters' directories until it is asked for or saved.
 
     Args:
