@@ -47,7 +47,7 @@ PHASES: dict[str, dict[str, list[tuple[Any, str]]]] = {
         "stack": [(adapters.FactorStack, "fill")],
         "compress": [(sys.modules["rmm_kernels.merge"], "compress")],
         "errors": [(delta, "restored_grams"), (delta, "squares")],
-        "write": [(storage, "write_factors"), (storage, "write_rest")],
+        "write": [(storage, "write_factor"), (storage, "write_rest")],
     },
     SCRIPT: _SCRIPT,
     SCRIPT_1_THREAD: _SCRIPT,

@@ -77,12 +77,14 @@ def squares(a: Tensor, b: Tensor, scaling: Sequence[float]) -> list[tuple[float,
         b: `grams` of lora_b, its output rows being the positions: Dᵀ D, Dᵀ B̂, B̂ᵀ B̂.
         scaling: of each task.
     """
-    ee, ea_hat, aa_hat = a.unbind()
-    ea = ee + ea_hat  # E Aᵀ
-    aa = ea + ea_hat.mT + aa_hat
-    bb = b[0] + b[1] + b[1].mT + b[2]
-    error = (b * torch.stack([aa, 2 * ea.mT, ee])).sum((0, 2, 3)).tolist()
-    norm = (aa * bb).sum((1, 2)).tolist()
+    ee, ea_hat, aa_hat = a.numpy()  # so small that torch would spend its time on calling
+    dd, db_hat, bb_hat = b.numpy()
+    with np.errstate(invalid="ignore", over="ignore"):  # Inf and NaN are for the caller to find
+        ea = ee + ea_hat  # E Aᵀ
+        aa = ea + ea_hat.swapaxes(1, 2) + aa_hat
+        bb = dd + db_hat + db_hat.swapaxes(1, 2) + bb_hat
+        error = (dd * aa + 2 * db_hat * ea.swapaxes(1, 2) + bb_hat * ee).sum((1, 2)).tolist()
+        norm = (aa * bb).sum((1, 2)).tolist()
     return [(max(e, 0.0) * s * s, m * s * s) for e, m, s in zip(error, norm, scaling, strict=True)]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -234,8 +235,8 @@ def merge(
 ) -> MergedAdapters:
     """Merge adapters into a mean, p components and each task's coefficients, module by module.
 
-    Besides the result, no more than one factor of one module is held at a time; with `output`, no more than two modules of
-    the result. What tasks carry unchanged stays in the adapters' directories until it is asked for or saved.
+    Besides the result, no more than one factor of one module is held at a time; with `output`, no more of the result
+    either. What tasks carry unchanged stays in the adapters' directories until it is asked for or saved.
 
     Args:
         adapters: PEFT directories, or adapters already opened. A module that some of them lack is merged from the
@@ -277,29 +278,33 @@ def merge(
         modules = _track(list(merged.modules), "comparing", progress)
         return replace(merged, comparison=alternatives(opened, merged.merged_bytes, modules))
 
-    modules = _merged_modules(opened, plans, stored, progress)
     if output is None:
-        return compared(replace(empty, modules=dict(modules)))
+        modules = _merge_modules(opened, plans, stored, progress, lambda tensor: tensor)
+        return compared(replace(empty, modules=modules))
     with new_directory(output) as staging:
-        written = {}
         with storage.factors_stream(staging, stored, {plan.module: _shapes(plan, opened) for plan in plans}) as stream:
-            for name, module in modules:
-                storage.write_factors(stream, module)
-                written[name] = module.without_values()
-        merged = compared(replace(empty, modules=written))
+            modules = _merge_modules(opened, plans, stored, progress, functools.partial(storage.write_factor, stream))
+        merged = compared(replace(empty, modules=modules))
         storage.write_rest(merged, staging)
     return storage.reopened(merged, output, stream)
 
 
-def _merged_modules(
-    adapters: Sequence[Adapter], plans: Sequence[_Plan], dtype: torch.dtype, progress: bool
-) -> Iterator[tuple[str, MergedModule]]:
+def _merge_modules(
+    adapters: Sequence[Adapter],
+    plans: Sequence[_Plan],
+    dtype: torch.dtype,
+    progress: bool,
+    keep: Callable[[Tensor], Tensor],
+) -> dict[str, MergedModule]:
+    """Every module merged. `keep` is given each tensor of the result as soon as it is there and returns what to hold of it."""
+    modules = {}
     with FactorStack() as stack:
         for number, plan in enumerate(_track(plans, "merging", progress)):
             first = number + _AHEAD if number else 1
             for following in plans[first : number + _AHEAD + 1]:
                 stack.expect([adapters[index] for index in following.tasks], following.module)
-            yield plan.module, _merge_module(plan, [adapters[index] for index in plan.tasks], dtype, stack)
+            modules[plan.module] = _merge_module(plan, [adapters[index] for index in plan.tasks], dtype, stack, keep)
+    return modules
 
 
 def _shapes(plan: _Plan, adapters: Sequence[Adapter]) -> dict[str, list[int]]:
@@ -307,18 +312,26 @@ def _shapes(plan: _Plan, adapters: Sequence[Adapter]) -> dict[str, list[int]]:
     return storage.tensor_shapes(shape, max(plan.ranks), plan.components, len(plan.tasks))
 
 
-def _merge_module(plan: _Plan, adapters: Sequence[Adapter], dtype: torch.dtype, stack: FactorStack) -> MergedModule:
-    rank = max(plan.ranks)
-    a = stack.fill(adapters, plan.module, "A", rank, dtype)
-    basis_a, coeff_a, grams_a = _merge_factor(a.mT, plan, dtype)
-    b = stack.fill(adapters, plan.module, "B", rank, dtype)
-    basis_b, coeff_b, grams_b = _merge_factor(b, plan, dtype)
+def _merge_module(
+    plan: _Plan, adapters: Sequence[Adapter], dtype: torch.dtype, stack: FactorStack, keep: Callable[[Tensor], Tensor]
+) -> MergedModule:
+    def factor(side: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Basis and coefficients of one factor, and the `delta.grams` of what they restore."""
+        stacked = stack.fill(adapters, plan.module, side, max(plan.ranks), dtype)
+        x = stacked.mT if side == "A" else stacked
+        basis, coeff, _ = compress(x, plan.components)
+        basis, coeff = basis.to(dtype), coeff.to(dtype)
+        grams = delta.restored_grams(x, basis, coeff, range(len(x)), plan.ranks)
+        return keep(basis.mT if side == "A" else basis), keep(coeff), grams
+
+    basis_a, coeff_a, grams_a = factor("A")
+    basis_b, coeff_b, grams_b = factor("B")
     scaling = [adapter.scaling(plan.module) for adapter in adapters]
     squares = delta.squares(grams_a, grams_b, scaling)
     if not all(math.isfinite(value) for pair in squares for value in pair):
         raise _not_finite(plan.module, adapters, dtype)
     return MergedModule(
-        basis_a=basis_a.mT,
+        basis_a=basis_a,
         coeff_a=coeff_a,
         basis_b=basis_b,
         coeff_b=coeff_b,
@@ -328,13 +341,6 @@ def _merge_module(plan: _Plan, adapters: Sequence[Adapter], dtype: torch.dtype, 
         raw_bytes=sum(adapter.factor_bytes(plan.module) for adapter in adapters),
         squares=tuple(squares),
     )
-
-
-def _merge_factor(x: Tensor, plan: _Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Basis and coefficients of one factor x [n, S, r], and the `delta.grams` of what they restore."""
-    basis, coeff, _ = compress(x, plan.components)
-    basis, coeff = basis.to(dtype), coeff.to(dtype)
-    return basis, coeff, delta.restored_grams(x, basis, coeff, range(len(x)), plan.ranks)
 
 
 def _not_finite(module: str, adapters: Sequence[Adapter], dtype: torch.dtype) -> ValueError:

@@ -100,10 +100,6 @@ class MergedModule:
         """Relative Frobenius error of ΔW over all tasks of the module."""
         return delta.relative(self.squares)
 
-    def without_values(self) -> MergedModule:
-        """The same on the meta device: shapes and figures, no memory."""
-        return replace(self, **{key: getattr(self, key).to("meta") for key in _TENSORS})
-
 
 @dataclass(frozen=True)
 class TaskParts:
@@ -164,21 +160,26 @@ def write(stored: Stored, directory: str | Path) -> None:
         shapes = {name: {key: list(getattr(module, key).shape) for key in _TENSORS} for name, module in stored.modules.items()}
         with factors_stream(staging, stored.dtype, shapes) as stream:
             for module in stored.modules.values():
-                write_factors(stream, module)
+                for key in _TENSORS:
+                    write_factor(stream, getattr(module, key))
         write_rest(stored, staging)
 
 
 def factors_stream(directory: Path, dtype: torch.dtype, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> TensorStream:
-    """The file of factors in `directory`, to be filled by `write_factors` of every module in the order of `shapes`, which
-    gives every module's `tensor_shapes`."""
+    """The file of factors in `directory`, to be filled by `write_factor` of every tensor in the order of `shapes`, which gives
+    every module's `tensor_shapes`."""
     flat = {f"{name}.{key}": shape for name, module in shapes.items() for key, shape in module.items()}
     return TensorStream(directory / FACTORS, dtype, flat)
 
 
-def write_factors(stream: TensorStream, module: MergedModule) -> None:
-    """The tensors of the next module."""
-    for key in _TENSORS:
-        stream.write(getattr(module, key))
+def write_factor(stream: TensorStream, tensor: Tensor) -> Tensor:
+    """Write the next tensor of a module.
+
+    Returns:
+        The same on the meta device: its shape, no memory.
+    """
+    stream.write(tensor)
+    return tensor.to("meta")
 
 
 def write_rest(stored: Stored, directory: Path) -> None:
@@ -195,7 +196,7 @@ def write_rest(stored: Stored, directory: Path) -> None:
 
 
 def reopened(stored: _AnyStored, directory: str | Path, stream: TensorStream) -> _AnyStored:
-    """What `read` returns of a directory that `write_factors` and `write_rest` have just written, of which nothing is looked at
+    """What `read` returns of a directory that `write_factor` and `write_rest` have just written, of which nothing is looked at
     again.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -322,16 +323,20 @@ print(status("VmHWM") - before, merged.merged_bytes, merged.raw_bytes // len(mer
 @pytest.mark.skipif(backends()["compress"]["cpu"] == "reference", reason="the reference holds whole SVDs")
 @pytest.mark.parametrize("way", ["held", "streamed"])
 def test_peak_memory(tmp_path: Path, way: str) -> None:
-    """At most the output, or with a streamed one a module of it, and two modules' worth of input, whatever is resident: heap,
-    stacks, mapped pages."""
+    """At most the output, or with a streamed one a factor of it, and one and a half modules' worth of input, whatever is
+    resident: heap, stacks, mapped pages. malloc is to give back what is freed: by how much the holes of a heap hold it up
+    differs from run to run."""
     shapes = {f"layers.{i}": (4096, 4096) for i in range(8)}
     small = [write_adapter(tmp_path / f"small{i}", shapes={"m": (64, 64)}) for i in range(6)]
     large = [write_adapter(tmp_path / f"large{i}", shapes=shapes, rank=64) for i in range(6)]
     command = [sys.executable, "-c", MEMORY, tmp_path, way, *small, *large]
-    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True)  # the installed package, not this tree
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run(  # the installed package, not this tree
+        command, cwd="/", env=environment, capture_output=True, text=True, check=True
+    )
     peak, output, module = map(int, done.stdout.split())
-    held = output if way == "held" else output // len(shapes)
-    assert peak <= held + 2 * module, f"{peak:,} bytes; output {output:,}, one module's input {module:,}"
+    held = output if way == "held" else output // (2 * len(shapes))
+    assert peak <= held + 3 * module // 2, f"{peak:,} bytes; output {output:,}, one module's input {module:,}"
 
 
 def test_progress_is_silent_without_a_terminal(cut_adapters: list[Path], capfd: pytest.CaptureFixture[str]) -> None:

@@ -194,7 +194,7 @@ def test_failed_save_leaves_nothing(
 
     from rmm_kernels import storage
 
-    for name in ("write_factors", "write_tensors", "copy_files", "write_json"):
+    for name in ("write_factor", "write_tensors", "copy_files", "write_json"):
         monkeypatch.setattr(storage, name, failing(getattr(storage, name)))
     with pytest.raises(type(error)):
         if streamed:
