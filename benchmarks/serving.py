@@ -319,7 +319,7 @@ def forms(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every task in one form, in the other, and as chosen: results keep every bit, so only times are compared."""
     compiled = rmm_kernels._library._C
     rows = []
-    cases = list(product(arguments.width, (8, 64), (0, 1, 2, 4), (8, 64), (1, 2, 3, 4, 16)))
+    cases = list(product(arguments.width, (8, 64), (0, 1, 2, 3, 4, 6), (8, 64), (1, 2, 3, 4, 8)))
     for d, r, p, tokens, each in cases:
         if each > tokens:
             continue
@@ -339,7 +339,7 @@ def forms(arguments: argparse.Namespace) -> dict[str, Any]:
     print(
         "| p | tokens a task | restored / direct: least, median, most | regret of the choice: median, most |\n|---|---|---|---|"
     )
-    for p, each in product((0, 1, 2, 4), (1, 2, 3, 4, 16)):
+    for p, each in product((0, 1, 2, 3, 4, 6), (1, 2, 3, 4, 8)):
         cells = [row for row in rows if (row["p"], row["each"]) == (p, each)]
         ratio = sorted(row["seconds"]["restored"] / row["seconds"]["direct"] for row in cells)
         regrets = sorted(row["regret"] for row in cells)

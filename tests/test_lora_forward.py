@@ -215,7 +215,9 @@ def test_threads_and_runs(run: ops.Overload, dtype: torch.dtype) -> None:
 )
 def test_rows_do_not_depend_on_the_batch(run: ops.Overload, dtype: torch.dtype) -> None:
     """A row keeps every bit, alone or among others, whichever form its task takes and wherever a chunk ends."""
-    for shape in [Shape(268, 1100, 700, 7, 3, 2), Shape(37, 64, 33, 16, 30, 3), Shape(9, 40, 7, 5, 2, 0)]:
+    shapes = [Shape(268, 1100, 700, 7, 3, 2), Shape(37, 64, 33, 16, 30, 3), Shape(9, 40, 7, 5, 2, 0)]
+    shapes += [Shape(26, 300, 290, 17, 19, p) for p in (1, 4, 5, 6)]
+    for shape in shapes:
         p = problem(shape, dtype, seed=52)
         whole, single, few = p.to("cpu"), p.to("cpu"), p.to("cpu")
         run(*whole.forward)

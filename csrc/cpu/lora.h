@@ -1,10 +1,10 @@
 // What shrink and expand share: tokens grouped by task, and a task's factor restored from the basis.
 //
 // A token's update is that of its task's restored factors, w = basis[0] + Σ_k c_k ⊙ basis[k + 1], which are never whole
-// anywhere: a task with one token in the chunk has them made in registers and used at once (the direct form), a task with more
-// has a segment of them kept in the cache for all of its tokens (the restored form). Both round alike, in the same order, so a
-// row of the result keeps every bit whatever else is in the batch, and which form a task takes is a matter of speed alone:
-// kRestored below.
+// anywhere: a task with few tokens in the chunk has them made in registers and used at once (the direct form, lora_direct.h), a
+// task with more has a segment of them kept in the cache for all of its tokens (the restored form). Both round alike, in the
+// same order, so a row of the result keeps every bit whatever else is in the batch, and which form a task takes is a matter of
+// speed alone: kRestored below.
 //
 // A unit of work takes a chunk of tokens over some positions (expand) or some ranks (shrink), segment by segment. The basis of
 // a segment is copied once into rows an odd number of cache lines apart (rows of a factor lie a power of two apart more often
@@ -25,23 +25,16 @@ struct Chunk {
   const int64_t* order;  // rows of x and y
   const int64_t* tasks;  // task of order[i]
   int64_t count;
-  int64_t restored;  // tokens from which on a task's factors are restored to the cache
+  int64_t restored;  // tokens from which on a task's factors are restored to the cache; 0: kRestored
 };
-
-// From how many tokens of a task on the restored form is the faster one. For every value of a factor and m tokens, the direct
-// form takes m (p + 1) products, the restored form p, a store, m loads and m products: widths, ranks and the number of tokens
-// cancel. Measured, so do the components: in both forms tasks share what is loaded of them.
-// `python -m benchmarks.serving forms` shows what the choice costs.
-constexpr int64_t kRestored = 2;
 
 namespace RMM_ISA {
 
 // Tokens an inner loop takes at once: as many as leave their sums, or their restored factors, of 4 ranks in registers.
 constexpr int kTokens = kBytes == 64 ? 6 : 3;
 
-// Tokens of the direct form that take turns at a piece of so many positions of 4 ranks of the basis, which stays in the
-// first-level cache meanwhile, as what is theirs does for all ranks.
-constexpr int64_t kLone = 12, kPiece = 64;
+// Positions by which what is read of a row is asked for ahead, where hardware does not see it coming.
+constexpr int64_t kAhead = 64;
 
 // ---- values of E, how they are multiplied
 
@@ -89,9 +82,16 @@ constexpr int kParts = kPairs<E> ? 2 : 1;  // factors in a product of registers;
 template <class E>
 constexpr int kStep = kParts<E> * kLanes<Sum<E>>;  // positions that the loops go on by: a register of Held
 template <class E>
-constexpr int kAbreast = kTokens / kParts<E>;  // tokens whose tasks are restored in registers at once
-template <class E>
 constexpr int64_t kSegment = 1024 / static_cast<int64_t>(sizeof(Held<E>));  // positions
+
+// Components up to which the direct form of the forward has the coefficients of several tokens in registers.
+constexpr int kHeld = kBytes == 64 ? 5 : 3;
+
+// From how many tokens of a task on the restored form is the faster one, of P components, 0: of more than kHeld or of none. For
+// every value of a factor and m tokens, the direct form takes m (p + 1) products, the restored form p, a store, m loads and m
+// products: widths, ranks and the number of tokens cancel. `python -m benchmarks.serving forms` shows what the choice costs.
+template <class E, int P>
+constexpr int64_t kRestored = (kBytes == 64 && !kPairs<E> ? 3 : 2) + (P > 0 && (P <= 3 || !kPairs<E>) ? 1 : 0);
 
 // A step of positions, widened. Of pairs, part[0] has the even ones, part[1] the odd ones.
 template <class E>
@@ -196,13 +196,13 @@ RMM_INLINE Reg<E> held_step(const E* from) {
   }
 }
 
-// As row_of, as it is multiplied: always a copy. What comes after a row of x or of coefficients is read a piece later: the
-// rows are far apart, and the hardware's prefetcher starts anew on each.
+// As row_of, as it is multiplied: always a copy. What comes after it is asked for: the rows of x and of coefficients are far
+// apart, and the hardware's prefetcher starts anew on each.
 template <class E>
 void hold_row(const char* from, int64_t stride, int64_t count, E* copy, Held<E>* held) {
   const E* const row = row_of<E>(from, stride, count, copy);
   for (int64_t i = 0; i < count; i += kStep<E>) {
-    __builtin_prefetch(row + i + kPiece);
+    __builtin_prefetch(row + i + kAhead);
     store_held<E>(held + i, held_step(row + i));
   }
 }
@@ -225,26 +225,27 @@ inline int64_t run_length(const Chunk& chunk, int64_t first) {
   return last - first;
 }
 
-// Some tokens of a chunk that are treated together: a run of one task's, or up to kLone whose tasks are too short of tokens
-// to be restored.
+// Some tokens of a chunk that are treated together: a run of one task's, or some whose tasks are too short of tokens to be
+// restored.
 struct Group {
   int64_t first, count;
   bool restored;
 };
 
-inline Group group_at(const Chunk& chunk, int64_t first) {
+// The group at `first`, of at most `most` tokens where it is not restored.
+inline Group group_at(const Chunk& chunk, int64_t first, int64_t most) {
   const int64_t run = run_length(chunk, first);
   if (run >= chunk.restored) return {first, run, true};
   int64_t count = run;
-  while (first + count < chunk.count && count < kLone) {
+  while (first + count < chunk.count && count < most) {
     const int64_t next = run_length(chunk, first + count);
     if (next >= chunk.restored) break;
     count += next;
   }
-  return {first, count < kLone ? count : kLone, false};
+  return {first, count < most ? count : most, false};
 }
 
-// The group at `first` and, where both are restored, the one after it: two tasks' factors are restored together.
+// That group and, where both are restored, the one after it: two tasks' factors are restored together.
 struct Groups {
   Group group[2];
   int count;
@@ -252,11 +253,11 @@ struct Groups {
   int64_t end() const { return group[count - 1].first + group[count - 1].count; }
 };
 
-inline Groups groups_at(const Chunk& chunk, int64_t first) {
-  const Group group = group_at(chunk, first);
+inline Groups groups_at(const Chunk& chunk, int64_t first, int64_t most) {
+  const Group group = group_at(chunk, first, most);
   const int64_t next = first + group.count;
   if (!group.restored || next == chunk.count) return {{group, {}}, 1};
-  const Group other = group_at(chunk, next);
+  const Group other = group_at(chunk, next, most);
   return {{group, other}, other.restored ? 2 : 1};
 }
 
@@ -322,7 +323,7 @@ void widen_coefficients(const View& coeff, int64_t task, int64_t position, int64
   for (int64_t k = 0; k < coeff.size[1]; ++k, to += apart) {
     const E* const row = row_of<E>(coeff.at(task, k, position), coeff.stride[2], count, copy);
     for (int64_t i = 0; i < count; i += kStep<E>) {
-      __builtin_prefetch(row + i + kPiece);
+      __builtin_prefetch(row + i + kAhead);
       memcpy(to + i, widen_step(row + i).part, sizeof(Wide<E>));
     }
   }
@@ -354,6 +355,17 @@ RMM_INLINE void restore(const Panel<E>& panel, const E* basis, int64_t p, const 
         for (int j = 0; j < Rows; ++j) w[t][j].part[q] += weight * from[j].part[q];
       }
     }
+  }
+}
+
+// Coefficients of the tasks of a group whose factors are restored together, [tasks, p], as widen_coefficients has them, `width`
+// values apart.
+template <class E>
+void widen_groups(const View& coeff, const Chunk& chunk, const Groups& groups, int64_t position, int64_t count, E* copy,
+                  Sum<E>* to, int64_t width) {
+  for (int t = 0; t < groups.count; ++t) {
+    widen_coefficients<E>(coeff, chunk.tasks[groups.group[t].first], position, count, copy, to, width);
+    to += coeff.size[1] * width;
   }
 }
 
@@ -412,13 +424,12 @@ namespace rmm {
 // Every active token, sorted by task (stable), cut into chunks.
 struct TokenPlan {
   std::vector<int64_t> order, tasks;
-  int64_t forced;  // beside kRestored, for benchmarks; 0: not
+  int64_t restored;  // as in Chunk; for benchmarks
 
   int64_t chunks() const { return (static_cast<int64_t>(order.size()) + kChunk - 1) / kChunk; }
   Chunk chunk(int64_t i) const {
     const int64_t left = static_cast<int64_t>(order.size()) - i * kChunk;
-    return {order.data() + i * kChunk, tasks.data() + i * kChunk, left < kChunk ? left : kChunk,
-            forced > 0 ? forced : kRestored};
+    return {order.data() + i * kChunk, tasks.data() + i * kChunk, left < kChunk ? left : kChunk, restored};
   }
 };
 

@@ -1,6 +1,6 @@
 // lora_expand_: y_t += scaling w u_t, w the task's restored lora_b, lanes over positions.
 
-#include "lora.h"
+#include "lora_direct.h"
 
 namespace rmm {
 
@@ -112,49 +112,99 @@ void expand_factors(const Panel<E>& panel, int64_t r, int64_t p, const Sum<E>* c
   for (; j < r; ++j) expand_rows<E, Tasks, 1>(panel, j, p, c, steps, to, apart, factor);
 }
 
-// What kLone tokens need of a piece whose tasks are restored in registers.
+// sum[t] += Σ_j u[t][j] · w[j] at a step for `Rows` ranks; what is multiplied of u lies `along` apart for a token, `between`
+// from token to token.
+template <class E, int Tokens, int Rows>
+RMM_INLINE void add_ranks(const Wide<E> (*w)[Rows], const Held<E>* u, int64_t along, int64_t between, Wide<E>* sum) {
+  constexpr int folds = (Rows + kParts<E> - 1) / kParts<E>;
+#pragma GCC unroll 8
+  for (int t = 0; t < Tokens; ++t) {
+#pragma GCC unroll 2
+    for (int q = 0; q < kParts<E>; ++q) {
+#pragma GCC unroll 4
+      for (int j = 0; j < folds; ++j) {
+        sum[t].part[q] = add_products<E>(sum[t].part[q], fold < E, Rows<kParts<E> ? 1 : 2>(w[t] + j * kParts<E>, q),
+                                         spread<E>(u + t * between + j * along));
+      }
+    }
+  }
+}
+
+// y[t] += Σ_j u[t][j] · w[j] over a segment for Tokens tokens whose tasks are restored in registers; y [Tokens] and
+// coefficients c [P, Tokens] are rows, u is [Tokens, ranks, kParts].
+template <class E, int P, int Tokens>
+void expand_steps(const Panel<E>& panel, int64_t r, const Held<E>* u, int64_t ranks, E* const* y, const E* const* c,
+                  int64_t steps) {
+  constexpr int parts = kParts<E>;
+  for (int64_t at = 0; at < steps * kStep<E>; at += kStep<E>) {
+    const Coefficients<E, Tokens, P> coefficients(c, at);
+    Wide<E> sum[Tokens] = {};
+    int64_t j = 0;
+    for (; j + parts <= r; j += parts) {
+      Wide<E> w[Tokens][parts];
+      coefficients.restored(panel, panel.at(j) + at, w);
+      add_ranks<E, Tokens, parts>(w, u + j, parts, ranks * parts, sum);
+    }
+    if (parts > 1 && j < r) {
+      Wide<E> w[Tokens][1];
+      coefficients.restored(panel, panel.at(j) + at, w);
+      add_ranks<E, Tokens, 1>(w, u + j, parts, ranks * parts, sum);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) {
+      Wide<E> value = widen_step<E>(y[t] + at);
+      __builtin_prefetch(y[t] + at + kAhead, 1, 2);
+#pragma GCC unroll 2
+      for (int q = 0; q < parts; ++q) value.part[q] += sum[t].part[q];
+      store_step<E>(y[t] + at, value);
+    }
+  }
+}
+
+// As expand_steps, for 1 to Tokens tokens.
+template <class E, int P, int Tokens = kAbreast<E, P>>
+void expand_group(int64_t tokens, const Panel<E>& panel, int64_t r, const Held<E>* u, int64_t ranks, E* const* y,
+                  const E* const* c, int64_t steps) {
+  if constexpr (Tokens > 1) {
+    if (tokens < Tokens) return expand_group<E, P, Tokens - 1>(tokens, panel, r, u, ranks, y, c, steps);
+  }
+  expand_steps<E, P, Tokens>(panel, r, u, ranks, y, c, steps);
+}
+
+// What a group's tokens need of a piece.
 template <class E>
-struct Lone {
+struct Piece {
   Held<E>* u;    // [ranks, kLone, kParts]
   Sum<E>* c;     // [p, kLone, kPiece]
   Sum<E>* sums;  // [kLone, kPiece]
   int64_t steps;
 };
 
-// sums[t] += Σ_j u[t][j] · w[j] for `Rows` ranks, whose u is `u`, of Tokens tokens from `token` on.
+// sums[t] += Σ_j u[t][j] · w[j] over a piece for `Rows` ranks, whose u is `u`, of Tokens tokens from `token` on.
 template <class E, int Tokens, int Rows>
-void expand_abreast(const Panel<E>& panel, const E* basis, int64_t p, const Lone<E>& lone, const Held<E>* u, int64_t token) {
+void expand_abreast(const Panel<E>& panel, const E* basis, int64_t p, const Piece<E>& piece, const Held<E>* u, int64_t token) {
   using T = Sum<E>;
-  constexpr int folds = (Rows + kParts<E> - 1) / kParts<E>;
-  const T* c = lone.c + token * kPiece;
-  T* sums = lone.sums + token * kPiece;
+  constexpr int64_t lone = kLone<E, 0>;
+  const T* c = piece.c + token * kPiece;
+  T* sums = piece.sums + token * kPiece;
   u += token * kParts<E>;
-  for (int64_t step = 0; step < lone.steps; ++step, basis += kStep<E>, c += kStep<E>, sums += kStep<E>) {
-    Wide<E> w[Tokens][Rows];
-    restore<E, Tokens, Rows>(panel, basis, p, c, kLone * kPiece, kPiece, w);
+  for (int64_t step = 0; step < piece.steps; ++step, basis += kStep<E>, c += kStep<E>, sums += kStep<E>) {
+    Wide<E> w[Tokens][Rows], sum[Tokens];
+    restore<E, Tokens, Rows>(panel, basis, p, c, lone * kPiece, kPiece, w);
 #pragma GCC unroll 8
-    for (int t = 0; t < Tokens; ++t) {
-#pragma GCC unroll 2
-      for (int q = 0; q < kParts<E>; ++q) {
-        T* const at = sums + t * kPiece + q * kLanes<T>;
-        Vec<T> sum = load(at);
-#pragma GCC unroll 4
-        for (int j = 0; j < folds; ++j) {
-          sum = add_products<E>(sum, fold < E, Rows<kParts<E> ? 1 : 2>(w[t] + j * kParts<E>, q),
-                                spread<E>(u + (j * kLone + t) * kParts<E>));
-        }
-        store(at, sum);
-      }
-    }
+    for (int t = 0; t < Tokens; ++t) memcpy(sum[t].part, sums + t * kPiece, sizeof(Wide<E>));
+    add_ranks<E, Tokens, Rows>(w, u, lone * kParts<E>, kParts<E>, sum);
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) memcpy(sums + t * kPiece, sum[t].part, sizeof(Wide<E>));
   }
 }
 
 // As expand_abreast, for all tokens from `token` on, `Tokens` of them at once.
-template <class E, int Rows, int Tokens = kAbreast<E>>
-void expand_lone(const Panel<E>& panel, const E* basis, int64_t p, const Lone<E>& lone, const Held<E>* u, int64_t token,
-                 int64_t tokens) {
-  for (; token + Tokens <= tokens; token += Tokens) expand_abreast<E, Tokens, Rows>(panel, basis, p, lone, u, token);
-  if constexpr (Tokens > 1) expand_lone<E, Rows, Tokens - 1>(panel, basis, p, lone, u, token, tokens);
+template <class E, int Rows, int Tokens = kAbreast<E, 0>>
+void expand_piece(const Panel<E>& panel, const E* basis, int64_t p, const Piece<E>& piece, const Held<E>* u, int64_t token,
+                  int64_t tokens) {
+  for (; token + Tokens <= tokens; token += Tokens) expand_abreast<E, Tokens, Rows>(panel, basis, p, piece, u, token);
+  if constexpr (Tokens > 1) expand_piece<E, Rows, Tokens - 1>(panel, basis, p, piece, u, token, tokens);
 }
 
 // u of a chunk's tokens, scaled, as it is multiplied: [count, ranks · kParts], 0 past r. `row` is room for one.
@@ -182,25 +232,28 @@ void put_row(const E* row, char* to, int64_t stride, int64_t count) {
   for (int64_t i = 0; i < count; ++i) reinterpret_cast<E*>(to)[i * stride] = row[i];
 }
 
-template <class E>
-void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int64_t end) {
+template <class E, int P>
+void expand_chunk(const ExpandArgs& args, Chunk chunk, int64_t begin, int64_t end) {
   using T = Sum<E>;
+  if (chunk.restored == 0) chunk.restored = kRestored<E, P>;
   const View &y = args.y, &basis = args.basis, &coeff = args.coeff;
   const int64_t r = basis.size[2], p = coeff.size[1], width = end - begin, size = sizeof(E);
   const int64_t ranks = (r + kParts<E> - 1) / kParts<E>;  // rows of factors
-  const int64_t segment = width < kSegment<E> ? width : kSegment<E>, most = padded(segment, kStep<E>);
+  const int64_t segment = segment_of<E, P>(chunk, (p + 1) * r, width), most = padded(segment, kStep<E>);
   const int64_t apart_e = apart<E>(segment, size), apart_held = apart<E>(most * kParts<E>, sizeof(Held<E>));
-  Room room(Room::bytes<E>((p + 1) * r * apart_e) + Room::bytes<E>(kTokens * apart_e) +
-            Room::bytes<Held<E>>(2 * ranks * apart_held) + Room::bytes<T>(2 * p * most) + Room::bytes<T>(p * kLone * kPiece) +
-            Room::bytes<T>(kLone * kPiece) + Room::bytes<Held<E>>(kLone * ranks * kParts<E>) +
-            Room::bytes<T>(padded(r, kLanes<T>)) + Room::bytes<Held<E>>(chunk.count * ranks * kParts<E>));
+  constexpr int64_t lone = kLone<E, P>, copied = P > 0 && lone > kTokens ? lone : kTokens, pieces = P > 0 ? 0 : lone * kPiece;
+  Room room(Room::bytes<E>((p + 1) * r * apart_e) + Room::bytes<E>(copied * apart_e) + Room::bytes<E>(P * lone * apart_e) +
+            Room::bytes<Held<E>>(2 * ranks * apart_held) + Room::bytes<T>(2 * p * most) + Room::bytes<T>(p * pieces) +
+            Room::bytes<T>(pieces) + Room::bytes<Held<E>>(lone * ranks * kParts<E>) + Room::bytes<T>(padded(r, kLanes<T>)) +
+            Room::bytes<Held<E>>(chunk.count * ranks * kParts<E>));
   E* const packed = room.take<E>((p + 1) * r * apart_e);
-  E* const copies = room.take<E>(kTokens * apart_e);
+  E* const copies = room.take<E>(copied * apart_e);
+  E* const copies_c = room.take<E>(P * lone * apart_e);
   Held<E>* const factors = room.take<Held<E>>(2 * ranks * apart_held);
   T* const weights = room.take<T>(2 * p * most);
-  T* const lone_c = room.take<T>(p * kLone * kPiece);
-  T* const lone_sums = room.take<T>(kLone * kPiece);
-  Held<E>* const lone_u = room.take<Held<E>>(kLone * ranks * kParts<E>);
+  T* const piece_c = room.take<T>(p * pieces);
+  T* const piece_sums = room.take<T>(pieces);
+  Held<E>* const piece_u = room.take<Held<E>>(lone * ranks * kParts<E>);
   T* const row = room.take<T>(padded(r, kLanes<T>));
   Held<E>* const u = room.take<Held<E>>(chunk.count * ranks * kParts<E>);
   scaled_rows<E>(args, chunk, r, ranks, row, u);
@@ -209,76 +262,92 @@ void expand_chunk(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int
     const int64_t count = end - position < segment ? end - position : segment;
     const int64_t steps = padded(count, kStep<E>) / kStep<E>;
     const Panel<E> panel = panel_of<E>(basis, 2, 1, 0, r, position, count, packed);
+    // Rows of y of `tokens` tokens from i on, and, once they are changed, what of them is a copy put back.
+    const auto get_rows = [&](int64_t i, int64_t tokens, E** rows) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        const char* const at = y.at(chunk.order[i + t], position);
+        rows[t] = const_cast<E*>(row_of<E>(at, y.stride[1], count, copies + t * apart_e));
+      }
+    };
+    const auto put_rows = [&](int64_t i, int64_t tokens, E* const* rows) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        if (rows[t] == copies + t * apart_e) put_row(rows[t], y.at(chunk.order[i + t], position), y.stride[1], count);
+      }
+    };
     const auto add_run = [&](const Group& run, const Held<E>* factor) {
       int64_t tokens;
       for (int64_t i = run.first; i < run.first + run.count; i += tokens) {
         tokens = run.first + run.count - i < kTokens ? run.first + run.count - i : kTokens;
         E* rows[kTokens];
         const char* next[kTokens];
-        for (int64_t t = 0; t < tokens; ++t) {
-          char* const at = y.at(chunk.order[i + t], position);
-          rows[t] = const_cast<E*>(row_of<E>(at, y.stride[1], count, copies + t * apart_e));
-          next[t] = row_ahead(y, chunk, i + tokens + t, position, count);
-        }
+        get_rows(i, tokens, rows);
+        for (int64_t t = 0; t < tokens; ++t) next[t] = row_ahead(y, chunk, i + tokens + t, position, count);
         expand_tokens<E, kTokens>(tokens, factor, apart_held, ranks, u + i * ranks * kParts<E>, rows, next, steps);
-        for (int64_t t = 0; t < tokens; ++t) {
-          if (rows[t] == copies + t * apart_e) put_row(rows[t], y.at(chunk.order[i + t], position), y.stride[1], count);
-        }
+        put_rows(i, tokens, rows);
       }
     };
     Groups now;
     for (int64_t i = 0; i < chunk.count; i = now.end()) {
-      now = groups_at(chunk, i);
+      now = groups_at(chunk, i, lone);
       const Group& group = now.group[0];
       if (group.restored) {
         const int64_t values = steps * kStep<E>, factor = ranks * apart_held;
-        for (int t = 0; t < now.count; ++t) {
-          const int64_t task = chunk.tasks[now.group[t].first];
-          widen_coefficients<E>(coeff, task, position, count, copies, weights + t * p * values, values);
-        }
+        widen_groups<E>(coeff, chunk, now, position, count, copies, weights, values);
         now.count == 2 ? expand_factors<E, 2>(panel, r, p, weights, steps, factors, apart_held, factor)
                        : expand_factors<E, 1>(panel, r, p, weights, steps, factors, apart_held, factor);
         for (int t = 0; t < now.count; ++t) add_run(now.group[t], factors + t * factor);
-        continue;
-      }
-      for (int64_t j = 0; j < ranks; ++j) {
-        for (int64_t t = 0; t < group.count; ++t) {
-          memcpy(lone_u + (j * kLone + t) * kParts<E>, u + ((i + t) * ranks + j) * kParts<E>, kParts<E> * sizeof(Held<E>));
-        }
-      }
-      for (int64_t at = 0; at < count; at += kPiece) {
-        const int64_t left = count - at < kPiece ? count - at : kPiece;
-        const Lone<E> lone{lone_u, lone_c, lone_sums, padded(left, kStep<E>) / kStep<E>};
-        for (int64_t t = 0; t < group.count; ++t) {
-          widen_coefficients<E>(coeff, chunk.tasks[i + t], position + at, left, copies, lone.c + t * kPiece, kLone * kPiece);
-        }
-        memset(lone.sums, 0, group.count * kPiece * sizeof(T));
-        const Held<E>* us = lone.u;
-        int64_t j = 0;
-        for (; j + 4 <= r; j += 4, us += 4 * kLone) {
-          expand_lone<E, 4>(panel, panel.at(j) + at, p, lone, us, 0, group.count);
-        }
-        for (; j + kParts<E> <= r; j += kParts<E>, us += kLone * kParts<E>) {
-          expand_lone<E, kParts<E>>(panel, panel.at(j) + at, p, lone, us, 0, group.count);
-        }
-        for (; j < r; ++j) expand_lone<E, 1>(panel, panel.at(j) + at, p, lone, us, 0, group.count);
-        for (int64_t t = 0; t < group.count; ++t) {
-          char* const to = y.at(chunk.order[i + t], position + at);
-          E* const values = const_cast<E*>(row_of<E>(to, y.stride[1], left, copies));
-          for (int64_t from = 0; from < left; from += kStep<E>) {
-            Wide<E> value = widen_step<E>(values + from);
-            for (int q = 0; q < kParts<E>; ++q) value.part[q] += load(lone.sums + t * kPiece + from + q * kLanes<T>);
-            store_step<E>(values + from, value);
+      } else if constexpr (P > 0) {
+        E* rows[lone];
+        const E* rows_c[P * lone];
+        get_rows(i, group.count, rows);
+        coefficient_rows<E>(coeff, chunk, group, position, count, copies_c, apart_e, rows_c);
+        expand_group<E, P>(group.count, panel, r, u + i * ranks * kParts<E>, ranks, rows, rows_c, steps);
+        put_rows(i, group.count, rows);
+      } else {
+        for (int64_t j = 0; j < ranks; ++j) {
+          for (int64_t t = 0; t < group.count; ++t) {
+            memcpy(piece_u + (j * lone + t) * kParts<E>, u + ((i + t) * ranks + j) * kParts<E>, kParts<E> * sizeof(Held<E>));
           }
-          if (values == copies) put_row(values, to, y.stride[1], left);
+        }
+        for (int64_t at = 0; at < count; at += kPiece) {
+          const int64_t left = count - at < kPiece ? count - at : kPiece;
+          const Piece<E> piece{piece_u, piece_c, piece_sums, padded(left, kStep<E>) / kStep<E>};
+          for (int64_t t = 0; t < group.count; ++t) {
+            widen_coefficients<E>(coeff, chunk.tasks[i + t], position + at, left, copies, piece.c + t * kPiece, lone * kPiece);
+          }
+          memset(piece.sums, 0, group.count * kPiece * sizeof(T));
+          const Held<E>* us = piece.u;
+          int64_t j = 0;
+          for (; j + 4 <= r; j += 4, us += 4 * lone) {
+            expand_piece<E, 4>(panel, panel.at(j) + at, p, piece, us, 0, group.count);
+          }
+          for (; j + kParts<E> <= r; j += kParts<E>, us += lone * kParts<E>) {
+            expand_piece<E, kParts<E>>(panel, panel.at(j) + at, p, piece, us, 0, group.count);
+          }
+          for (; j < r; ++j) expand_piece<E, 1>(panel, panel.at(j) + at, p, piece, us, 0, group.count);
+          for (int64_t t = 0; t < group.count; ++t) {
+            char* const to = y.at(chunk.order[i + t], position + at);
+            E* const values = const_cast<E*>(row_of<E>(to, y.stride[1], left, copies));
+            for (int64_t from = 0; from < left; from += kStep<E>) {
+              Wide<E> value = widen_step<E>(values + from);
+              for (int q = 0; q < kParts<E>; ++q) value.part[q] += load(piece.sums + t * kPiece + from + q * kLanes<T>);
+              store_step<E>(values + from, value);
+            }
+            if (values == copies) put_row(values, to, y.stride[1], left);
+          }
         }
       }
     }
   }
 }
 
+template <class E>
+void expand_of(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int64_t end) {
+  RMM_OF_COMPONENTS(args.coeff.size[1], E, expand_chunk, args, chunk, begin, end)
+}
+
 void lora_expand(const ExpandArgs& args, const Chunk& chunk, int64_t begin, int64_t end) {
-  RMM_OF_DTYPE(args.y.dtype, expand_chunk, args, chunk, begin, end)
+  RMM_OF_DTYPE(args.y.dtype, expand_of, args, chunk, begin, end)
 }
 
 }  // namespace RMM_ISA

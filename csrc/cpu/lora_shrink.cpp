@@ -1,6 +1,6 @@
 // lora_shrink: u_t = w x_t, w the task's restored lora_a, lanes over positions.
 
-#include "lora.h"
+#include "lora_direct.h"
 
 namespace rmm {
 
@@ -23,41 +23,41 @@ RMM_INLINE Reg<E> fold(const Wide<E>& w) {
   }
 }
 
-// sums[t][j] += Σ_positions w[j] · x[t], Tokens × Rows sums in registers, [Tokens, 4] in memory.
+// sums[t][j] += Σ_positions w[j] · x[t], Tokens × Rows sums in registers, rows of sums `row` vectors apart in memory.
 template <class E, int Tokens, int Rows>
-RMM_INLINE void shrink_tile(const Held<E>* w, int64_t apart, const Held<E>* const* x, int64_t steps, Vec<Sum<E>>* sums) {
+RMM_INLINE void shrink_tile(const Held<E>* w, int64_t apart, const Held<E>* const* x, int64_t steps, Vec<Sum<E>>* sums,
+                            int64_t row) {
   Vec<Sum<E>> sum[Tokens][Rows];
 #pragma GCC unroll 8
   for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 8
-    for (int j = 0; j < Rows; ++j) sum[t][j] = sums[t * 4 + j];
+    for (int j = 0; j < Rows; ++j) sum[t][j] = sums[t * row + j];
   }
   for (int64_t at = 0; at < steps * kStep<E>; at += kStep<E>) {
-    Reg<E> row[Rows];
+    Reg<E> factor[Rows];
 #pragma GCC unroll 8
-    for (int j = 0; j < Rows; ++j) row[j] = load_held<E>(w + j * apart + at);
+    for (int j = 0; j < Rows; ++j) factor[j] = load_held<E>(w + j * apart + at);
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
       const Reg<E> xt = load_held<E>(x[t] + at);
 #pragma GCC unroll 8
-      for (int j = 0; j < Rows; ++j) sum[t][j] = add_products<E>(sum[t][j], row[j], xt);
+      for (int j = 0; j < Rows; ++j) sum[t][j] = add_products<E>(sum[t][j], factor[j], xt);
     }
   }
 #pragma GCC unroll 8
   for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 8
-    for (int j = 0; j < Rows; ++j) sums[t * 4 + j] = sum[t][j];
+    for (int j = 0; j < Rows; ++j) sums[t * row + j] = sum[t][j];
   }
 }
 
-// As shrink_tile, for 1 to Tokens tokens and any number of ranks; sums [fours of ranks, Tokens, 4], `fours` apart. Meanwhile, a
-// share for every four ranks, it asks for `bytes` of `next`, the rows that are needed next: many requests at once would be
-// waited for.
+// As shrink_tile, for 1 to Tokens tokens and all ranks. Meanwhile, a share for every four ranks, it asks for `bytes` of `next`,
+// the rows that are needed next: many requests at once would be waited for.
 template <class E, int Tokens>
 void shrink_tokens(int64_t tokens, const Held<E>* w, int64_t apart, const Held<E>* const* x, const char* const* next,
-                   int64_t bytes, int64_t steps, int64_t r, Vec<Sum<E>>* sums, int64_t fours) {
+                   int64_t bytes, int64_t steps, int64_t r, Vec<Sum<E>>* sums, int64_t row, int64_t fours) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return shrink_tokens<E, Tokens - 1>(tokens, w, apart, x, next, bytes, steps, r, sums, fours);
+    if (tokens < Tokens) return shrink_tokens<E, Tokens - 1>(tokens, w, apart, x, next, bytes, steps, r, sums, row, fours);
   }
   int64_t j = 0, asked = 0;
   for (; j + 4 <= r; j += 4, sums += fours) {
@@ -65,9 +65,9 @@ void shrink_tokens(int64_t tokens, const Held<E>* w, int64_t apart, const Held<E
 #pragma GCC unroll 8
       for (int t = 0; t < Tokens; ++t) __builtin_prefetch(next[t] + asked);
     }
-    shrink_tile<E, Tokens, 4>(w + j * apart, apart, x, steps, sums);
+    shrink_tile<E, Tokens, 4>(w + j * apart, apart, x, steps, sums, row);
   }
-  for (; j < r; ++j, ++sums) shrink_tile<E, Tokens, 1>(w + j * apart, apart, x, steps, sums);
+  for (; j < r; ++j, ++sums) shrink_tile<E, Tokens, 1>(w + j * apart, apart, x, steps, sums, row);
 }
 
 // The rows of one or two tasks over a segment, [Tasks, r], rows `apart` elements apart and tasks `factor`; c [Tasks, p], a
@@ -95,26 +95,58 @@ void shrink_factors(const Panel<E>& panel, int64_t r, int64_t p, const Sum<E>* c
   for (; j < r; ++j) shrink_rows<E, Tasks, 1>(panel, j, p, c, steps, to, apart, factor);
 }
 
-// What kLone tokens need of a piece whose tasks are restored in registers.
+// sums[t][j] += w[j] · x[t] over a segment for all ranks of Tokens tokens whose tasks are restored in registers; x [Tokens] and
+// coefficients c [P, Tokens] are rows. The sums stay in memory: registers are full of coefficients.
+template <class E, int P, int Tokens>
+void shrink_steps(const Panel<E>& panel, int64_t r, const E* const* x, const E* const* c, int64_t steps, Vec<Sum<E>>* sums,
+                  int64_t row) {
+  for (int64_t at = 0; at < steps * kStep<E>; at += kStep<E>) {
+    const Coefficients<E, Tokens, P> coefficients(c, at);
+    Reg<E> xs[Tokens];
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) {
+      xs[t] = held_step<E>(x[t] + at);
+      __builtin_prefetch(x[t] + at + kAhead, 0, 2);
+    }
+    for (int64_t j = 0; j < r; ++j) {
+      Wide<E> w[Tokens][1];
+      coefficients.restored(panel, panel.at(j) + at, w);
+#pragma GCC unroll 8
+      for (int t = 0; t < Tokens; ++t) sums[t * row + j] = add_products<E>(sums[t * row + j], fold<E>(w[t][0]), xs[t]);
+    }
+  }
+}
+
+// As shrink_steps, for 1 to Tokens tokens.
+template <class E, int P, int Tokens = kAbreast<E, P>>
+void shrink_group(int64_t tokens, const Panel<E>& panel, int64_t r, const E* const* x, const E* const* c, int64_t steps,
+                  Vec<Sum<E>>* sums, int64_t row) {
+  if constexpr (Tokens > 1) {
+    if (tokens < Tokens) return shrink_group<E, P, Tokens - 1>(tokens, panel, r, x, c, steps, sums, row);
+  }
+  shrink_steps<E, P, Tokens>(panel, r, x, c, steps, sums, row);
+}
+
+// What a group's tokens need of a piece.
 template <class E>
-struct Lone {
+struct Piece {
   Held<E>* x;         // [kLone, kPiece]
   Sum<E>* c;          // [p, kLone, kPiece]
   Vec<Sum<E>>* sums;  // [kLone, 4]
   int64_t steps;
 };
 
-// sums[t][j] += Σ_positions w[j] · x[t] for `Rows` ranks of Tokens tokens from `token` on. The sums stay in memory: registers
-// are full of w.
+// sums[t][j] += Σ_positions w[j] · x[t] over a piece for `Rows` ranks of Tokens tokens from `token` on.
 template <class E, int Tokens, int Rows>
-void shrink_abreast(const Panel<E>& panel, const E* basis, int64_t p, const Lone<E>& lone, int64_t token) {
-  const Sum<E>* c = lone.c + token * kPiece;
-  const Held<E>* x = lone.x + token * kPiece;
-  Vec<Sum<E>>* sums = lone.sums + token * 4;
-  for (int64_t step = 0; step < lone.steps; ++step, basis += kStep<E>, c += kStep<E>, x += kStep<E>) {
+void shrink_abreast(const Panel<E>& panel, const E* basis, int64_t p, const Piece<E>& piece, int64_t token) {
+  constexpr int64_t lone = kLone<E, 0>;
+  const Sum<E>* c = piece.c + token * kPiece;
+  const Held<E>* x = piece.x + token * kPiece;
+  Vec<Sum<E>>* sums = piece.sums + token * 4;
+  for (int64_t step = 0; step < piece.steps; ++step, basis += kStep<E>, c += kStep<E>, x += kStep<E>) {
     asm("" : "+r"(sums));  // else GCC keeps an address for each, in memory
     Wide<E> w[Tokens][Rows];
-    restore<E, Tokens, Rows>(panel, basis, p, c, kLone * kPiece, kPiece, w);
+    restore<E, Tokens, Rows>(panel, basis, p, c, lone * kPiece, kPiece, w);
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
       const Reg<E> xt = load_held<E>(x + t * kPiece);
@@ -125,10 +157,10 @@ void shrink_abreast(const Panel<E>& panel, const E* basis, int64_t p, const Lone
 }
 
 // As shrink_abreast, for all tokens from `token` on, `Tokens` of them at once.
-template <class E, int Rows, int Tokens = kAbreast<E>>
-void shrink_lone(const Panel<E>& panel, const E* basis, int64_t p, const Lone<E>& lone, int64_t token, int64_t tokens) {
-  for (; token + Tokens <= tokens; token += Tokens) shrink_abreast<E, Tokens, Rows>(panel, basis, p, lone, token);
-  if constexpr (Tokens > 1) shrink_lone<E, Rows, Tokens - 1>(panel, basis, p, lone, token, tokens);
+template <class E, int Rows, int Tokens = kAbreast<E, 0>>
+void shrink_piece(const Panel<E>& panel, const E* basis, int64_t p, const Piece<E>& piece, int64_t token, int64_t tokens) {
+  for (; token + Tokens <= tokens; token += Tokens) shrink_abreast<E, Tokens, Rows>(panel, basis, p, piece, token);
+  if constexpr (Tokens > 1) shrink_piece<E, Rows, Tokens - 1>(panel, basis, p, piece, token, tokens);
 }
 
 // out[i] = the sum of v[i]'s lanes.
@@ -149,25 +181,30 @@ void add_lanes(const Vec<T>* v, int64_t count, T* out) {
   }
 }
 
-template <class E>
-void shrink_chunk(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int64_t end) {
+template <class E, int P>
+void shrink_chunk(const ShrinkArgs& args, Chunk chunk, int64_t begin, int64_t end) {
   using T = Sum<E>;
+  if (chunk.restored == 0) chunk.restored = kRestored<E, P>;
   const View &x = args.x, &basis = args.basis, &coeff = args.coeff;
   const int64_t r = end - begin, p = coeff.size[1], width = basis.size[2], size = sizeof(E);
-  const int64_t segment = width < kSegment<E> ? width : kSegment<E>, most = padded(segment, kStep<E>);
+  const int64_t segment = segment_of<E, P>(chunk, (p + 1) * r, width), most = padded(segment, kStep<E>);
   const int64_t apart_e = apart<E>(segment, size), apart_held = apart<E>(segment, sizeof(Held<E>));
-  const int64_t fours = chunk.count * 4, all = (r + 3) / 4 * fours;  // sums [fours of ranks, tokens, 4]
-  Room room(Room::bytes<E>((p + 1) * r * apart_e) + Room::bytes<E>(kTokens * apart_e) +
+  constexpr int64_t lone = kLone<E, P>, copied = P > 0 && lone > kTokens ? lone : kTokens, pieces = P > 0 ? 0 : lone * kPiece;
+  // Sums of fours of ranks lie together, those of a token, an odd number of vectors apart from the next one's, or of the group.
+  const int64_t row = P > 0 ? r | 1 : 4, fours = P > 0 ? 4 : chunk.count * 4;
+  const int64_t all = P > 0 ? chunk.count * row : (r + 3) / 4 * fours;
+  Room room(Room::bytes<E>((p + 1) * r * apart_e) + Room::bytes<E>(copied * apart_e) + Room::bytes<E>(P * lone * apart_e) +
             Room::bytes<Held<E>>(2 * r * apart_held) + Room::bytes<Held<E>>(kTokens * apart_held) +
-            Room::bytes<Held<E>>(kLone * kPiece) + Room::bytes<T>(2 * p * most) + Room::bytes<T>(p * kLone * kPiece) +
+            Room::bytes<Held<E>>(pieces) + Room::bytes<T>(2 * p * most) + Room::bytes<T>(p * pieces) +
             Room::bytes<Vec<T>>(all) + Room::bytes<T>(all));
   E* const packed = room.take<E>((p + 1) * r * apart_e);
-  E* const copies = room.take<E>(kTokens * apart_e);
+  E* const copies = room.take<E>(copied * apart_e);
+  E* const copies_c = room.take<E>(P * lone * apart_e);
   Held<E>* const factors = room.take<Held<E>>(2 * r * apart_held);
   Held<E>* const helds = room.take<Held<E>>(kTokens * apart_held);
-  Held<E>* const lone_x = room.take<Held<E>>(kLone * kPiece);
+  Held<E>* const piece_x = room.take<Held<E>>(pieces);
   T* const weights = room.take<T>(2 * p * most);
-  T* const lone_c = room.take<T>(p * kLone * kPiece);
+  T* const piece_c = room.take<T>(p * pieces);
   Vec<T>* const sums = room.take<Vec<T>>(all);
   T* const u = room.take<T>(all);
   for (int64_t i = 0; i < all; ++i) sums[i] = Vec<T>{};
@@ -187,46 +224,57 @@ void shrink_chunk(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int
               held_row<E>(x.at(chunk.order[i + t], position), x.stride[1], count, copies + t * apart_e, helds + t * apart_held);
           next[t] = row_ahead(x, chunk, i + tokens + t, position, count);
         }
-        shrink_tokens<E, kTokens>(tokens, factor, apart_held, rows, next, count * size, steps, r, sums + i * 4, fours);
+        shrink_tokens<E, kTokens>(tokens, factor, apart_held, rows, next, count * size, steps, r, sums + i * row, row, fours);
       }
     };
     Groups now;
     for (int64_t i = 0; i < chunk.count; i = now.end()) {
-      now = groups_at(chunk, i);
+      now = groups_at(chunk, i, lone);
       const Group& group = now.group[0];
       if (group.restored) {
         const int64_t values = steps * kStep<E>, factor = r * apart_held;
-        for (int t = 0; t < now.count; ++t) {
-          const int64_t task = chunk.tasks[now.group[t].first];
-          widen_coefficients<E>(coeff, task, position, count, copies, weights + t * p * values, values);
-        }
+        widen_groups<E>(coeff, chunk, now, position, count, copies, weights, values);
         now.count == 2 ? shrink_factors<E, 2>(panel, r, p, weights, steps, factors, apart_held, factor)
                        : shrink_factors<E, 1>(panel, r, p, weights, steps, factors, apart_held, factor);
         for (int t = 0; t < now.count; ++t) add_run(now.group[t], factors + t * factor);
-        continue;
-      }
-      for (int64_t at = 0; at < count; at += kPiece) {
-        const int64_t left = count - at < kPiece ? count - at : kPiece;
-        Lone<E> lone{lone_x, lone_c, sums + i * 4, padded(left, kStep<E>) / kStep<E>};
+      } else if constexpr (P > 0) {
+        const E *rows[lone], *rows_c[P * lone];
         for (int64_t t = 0; t < group.count; ++t) {
-          hold_row<E>(x.at(chunk.order[i + t], position + at), x.stride[1], left, copies, lone.x + t * kPiece);
-          widen_coefficients<E>(coeff, chunk.tasks[i + t], position + at, left, copies, lone.c + t * kPiece, kLone * kPiece);
+          rows[t] = row_of<E>(x.at(chunk.order[i + t], position), x.stride[1], count, copies + t * apart_e);
         }
-        int64_t j = 0;
-        for (; j + 4 <= r; j += 4, lone.sums += fours) shrink_lone<E, 4>(panel, panel.at(j) + at, p, lone, 0, group.count);
-        for (; j < r; ++j, ++lone.sums) shrink_lone<E, 1>(panel, panel.at(j) + at, p, lone, 0, group.count);
+        coefficient_rows<E>(coeff, chunk, group, position, count, copies_c, apart_e, rows_c);
+        shrink_group<E, P>(group.count, panel, r, rows, rows_c, steps, sums + i * row, row);
+      } else {
+        for (int64_t at = 0; at < count; at += kPiece) {
+          const int64_t left = count - at < kPiece ? count - at : kPiece;
+          Piece<E> piece{piece_x, piece_c, sums + i * row, padded(left, kStep<E>) / kStep<E>};
+          for (int64_t t = 0; t < group.count; ++t) {
+            hold_row<E>(x.at(chunk.order[i + t], position + at), x.stride[1], left, copies, piece.x + t * kPiece);
+            widen_coefficients<E>(coeff, chunk.tasks[i + t], position + at, left, copies, piece.c + t * kPiece, lone * kPiece);
+          }
+          int64_t j = 0;
+          for (; j + 4 <= r; j += 4, piece.sums += fours) {
+            shrink_piece<E, 4>(panel, panel.at(j) + at, p, piece, 0, group.count);
+          }
+          for (; j < r; ++j, ++piece.sums) shrink_piece<E, 1>(panel, panel.at(j) + at, p, piece, 0, group.count);
+        }
       }
     }
   }
   add_lanes<T>(sums, all, u);
   for (int64_t i = 0; i < chunk.count; ++i) {
     T* const to = reinterpret_cast<T*>(args.u.at(chunk.order[i], begin));
-    for (int64_t j = 0; j < r; ++j) to[j] = u[j / 4 * fours + i * 4 + j % 4];
+    for (int64_t j = 0; j < r; ++j) to[j] = u[j / 4 * fours + i * row + j % 4];
   }
 }
 
+template <class E>
+void shrink_of(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int64_t end) {
+  RMM_OF_COMPONENTS(args.coeff.size[1], E, shrink_chunk, args, chunk, begin, end)
+}
+
 void lora_shrink(const ShrinkArgs& args, const Chunk& chunk, int64_t begin, int64_t end) {
-  RMM_OF_DTYPE(args.x.dtype, shrink_chunk, args, chunk, begin, end)
+  RMM_OF_DTYPE(args.x.dtype, shrink_of, args, chunk, begin, end)
 }
 
 }  // namespace RMM_ISA
@@ -258,7 +306,7 @@ int64_t force_restored(int64_t tokens) { return std::exchange(forced, tokens); }
 TokenPlan plan_tokens(const Ids& task_ids, int64_t n) {
   check_ids(task_ids, n, -1);
   TokenPlan plan;
-  plan.forced = forced;
+  plan.restored = forced;
   if (n > 4 * task_ids.size) {
     for (int64_t t = 0; t < task_ids.size; ++t) {
       if (task_ids[t] >= 0) plan.order.push_back(t);
