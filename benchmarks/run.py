@@ -183,8 +183,8 @@ def row(workload: Workload, found: Found, ceilings: dict[str, float]) -> dict[st
 def summarise(measured: dict[str, Any], command: str, turns: int) -> dict[str, Any]:
     """The stored result. A workload whose check failed is named among the withheld, and has no row."""
     found = read(measured)
-    ceilings = {
-        workload.name: (workload.flops or workload.bytes) / seconds(found[workload.name].times["torch"])["median"]
+    ceilings = {  # what the machine can do at best: by the fastest round
+        workload.name: (workload.flops or workload.bytes) / seconds(found[workload.name].times["torch"])["min"]
         for workload in workloads.CEILINGS
     }
     timed = [workload for workload in workloads.ALL.values() if workload.op != "ceiling" and workload.name in found]
